@@ -1,0 +1,500 @@
+"""emocache: the one command, a thin dispatcher. Heavy libraries are imported by the verb that needs them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+from typer.core import TyperGroup
+
+from cache.errors import EmocacheError, MissingDependencyError, SchemaError
+
+if TYPE_CHECKING:
+    from cache.store import TokenStore
+    from extract.run import ExtractReport
+    from train.config import Preset
+
+logger = logging.getLogger("emocache")
+out = Console()
+"""Results."""
+err = Console(stderr=True)
+"""Progress, remarks and errors."""
+
+VERBS = ("index", "extract", "store", "train", "show", "evaluate", "demo")
+"""In the order of the work; `emocache --help` shows them so."""
+
+DONE, FINDINGS, REFUSED, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes."""
+
+
+class _InOrder(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the verbs in the order of the work, not of the alphabet."""
+        return sorted(self.commands, key=VERBS.index)
+
+
+app = typer.Typer(
+    cls=_InOrder,
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Encode emotion clips once, then train and ablate from the cache.",
+)
+store_app = typer.Typer(no_args_is_help=True, help="Look into a token store.")
+app.add_typer(store_app, name="store")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. stages.0.n_steps=100"),
+]
+ManifestOption = Annotated[Path, typer.Option("--manifest", help="Manifest from `emocache index`.")]
+StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the token store.")]
+PresetArgument = Annotated[str, typer.Argument(metavar="PRESET", help="v2 or demo")]
+WithOption = Annotated[
+    Path | None, typer.Option("--with", help="YAML or JSON file of settings, under KEY=VALUE.")
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 1 findings, 2 refused, 130 stopped."""
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(message)s",
+        handlers=[RichHandler(console=err, show_time=False, show_path=False)],
+        force=True,
+    )
+    for noisy in ("httpx", "transformers", "numexpr", "absl"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(args=list(argv) if argv is not None else None, prog_name="emocache")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else REFUSED
+    return DONE
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    sys.exit(main())
+
+
+def _verb(function: Callable[..., int]) -> Callable[..., None]:
+    """Turn a handler's result, errors and Ctrl-C into one line and an exit code."""
+
+    @functools.wraps(function)
+    def handled(*args: Any, **kwargs: Any) -> None:
+        try:
+            code = function(*args, **kwargs)
+        except EmocacheError as error:
+            stopped = type(error).__name__ == "Interrupted"
+            err.print(f"[{'yellow' if stopped else 'red'}]emocache:[/] ", end="")
+            err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            code = INTERRUPTED if stopped else REFUSED
+        except ModuleNotFoundError as error:
+            extra = {"extract": "extract", "index": "extract", "train": "train"}.get(
+                function.__name__.removesuffix("_command"), "all"
+            )
+            err.print(
+                f"emocache: {error.name} is not installed. pip install 'emocache[{extra}]'",
+                markup=False,
+                soft_wrap=True,
+            )
+            code = REFUSED
+        except KeyboardInterrupt:
+            err.print(
+                "emocache: interrupted. What was committed stays; run the same command to continue.",
+                soft_wrap=True,
+            )
+            code = INTERRUPTED
+        raise typer.Exit(code)
+
+    return handled
+
+
+@app.command("index")
+@_verb
+def index_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of media files.")],
+    out_file: Annotated[Path, typer.Option("--out", help="Manifest to write (.parquet).")],
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="CSV with file or uid, and label, subtitle, split, description."),
+    ] = None,
+    label_space: Annotated[
+        str, typer.Option(help="Allowed labels in native order, comma-separated.")
+    ] = "",
+    corpus: Annotated[
+        str | None, typer.Option(help="First part of every uid; default the folder's name.")
+    ] = None,
+) -> int:
+    """Make a manifest of a folder of media files."""
+    from cache.manifest import write_manifest
+    from eval.progress import progress_bar
+    from extract.index import index_folder
+
+    given = [label for label in label_space.split(",") if label.strip()]
+    with progress_bar(err, "indexing", 0, "files") as bar:
+        manifest, report = index_folder(
+            folder,
+            out_file,
+            labels_csv=labels,
+            label_space=given,
+            corpus=corpus,
+            on_file=lambda _: bar.advance(),
+        )
+    write_manifest(out_file, manifest)
+    for line in report.suspicious:
+        err.print(f"not readable as media, extraction will mark it failed: {line}", markup=False)
+    for line in report.left_out:
+        err.print(f"left out: {line}", markup=False)
+    splits = ", ".join(f"{name or 'no split'} {n}" for name, n in manifest.splits.items())
+    out.print(f"{len(manifest)} records ({splits}) in {out_file}", highlight=False)
+    space = manifest.header.label_space
+    if space is not None:
+        out.print(f"labels: {', '.join(space.labels)}", highlight=False)
+    return FINDINGS if report.left_out or report.suspicious else DONE
+
+
+@app.command("extract")
+@_verb
+def extract_command(
+    preset: PresetArgument,
+    manifest: ManifestOption,
+    store: StoreOption,
+    overrides: Overrides = None,
+    encoder_weights: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PATH, repeatable; NAME is whisper, eva, or a stream."),
+    ] = None,
+    media_root: Annotated[
+        Path | None, typer.Option(help="Where the media are now, if not where they were indexed.")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try clips again that failed before.")
+    ] = False,
+    with_file: WithOption = None,
+    device: DeviceOption = "cpu",
+) -> int:
+    """Decode and encode every clip that the store does not hold yet."""
+    from cache.manifest import media_root as root_of
+    from cache.manifest import read_manifest
+    from cache.store import TokenStore
+    from eval.progress import progress_bar
+    from extract.encoders.bank import EncoderBank
+    from extract.plan import make_plan
+    from extract.run import extract
+
+    chosen = _configure(preset, overrides, with_file)
+    records = read_manifest(manifest)
+    weights = _encoder_weights(chosen, encoder_weights or [])
+    bank = EncoderBank(chosen.tokens.all(), weights, device)
+    target = TokenStore.open_or_create(store)
+    plan = make_plan(records.records, bank.specs, target, retry_failed=retry_failed)
+    if not plan.units:
+        out.print(f"nothing to do: all {plan.n_clips} clips are in {store}", highlight=False)
+        _print_known(plan.known)
+        return FINDINGS if any(c["failed"] for c in _counts(plan.known)) else DONE
+    root = media_root or root_of(records, manifest)
+    with progress_bar(err, "extracting", plan.n_missing, "clips") as bar:
+        report = extract(plan, bank, target, root, on_clip=bar.advance)
+    _print_extracted(report, store)
+    return FINDINGS if report.failures else DONE
+
+
+def _configure(preset: str, overrides: list[str] | None, with_file: Path | None) -> Preset:
+    from train.config import configure
+    from train.presets import preset as preset_of
+
+    return configure(preset_of(preset), overrides or [], with_file)
+
+
+def _encoder_weights(preset: Preset, given: Sequence[str]) -> dict[str, Path]:
+    from extract import tiny
+
+    weights = {
+        kind: Path(tiny.__file__).parent / name for kind, name in preset.bundled_weights.items()
+    }
+    for item in given:
+        name, equals, path = item.partition("=")
+        if not equals or not name or not path:
+            raise SchemaError(
+                f"--encoder-weights {item!r} is not NAME=PATH. Example: --encoder-weights "
+                "eva=weights/eva_vit_g.pth"
+            )
+        weights[name] = Path(path)
+    return weights
+
+
+def _counts(known: Any) -> list[dict[str, int]]:
+    return [
+        {status.value: n for status, n in c.items()} | {"failed": c["failed"]}
+        for c in known.values()
+    ]
+
+
+def _print_known(known: Any) -> None:
+    for stream, counts in known.items():
+        text = ", ".join(f"{n} {status.value}" for status, n in sorted(counts.items()) if n)
+        out.print(f"  {stream}: {text}", highlight=False)
+
+
+def _print_extracted(report: ExtractReport, store: Path) -> None:
+    from eval.report import human_size
+
+    table = Table(
+        "stream", "ok", "absent", "failed", title=f"extracted to {store}", title_justify="left"
+    )
+    for stream, counts in report.encoded.items():
+        table.add_row(stream, *(str(counts[s]) for s in ("ok", "absent", "failed")))  # type: ignore[index]
+    out.print(table)
+    out.print(f"{report.n_units} units, {human_size(report.n_bytes)} written", highlight=False)
+    if report.truncated:
+        out.print(
+            f"{len(report.truncated)} clips are longer than the audio encoder's window, only their "
+            f"beginning was encoded: {', '.join(report.truncated[:5])}",
+            highlight=False,
+        )
+    by_reason = Counter((stream, reason) for _, stream, reason in report.failures)
+    for (stream, reason), n in by_reason.most_common(10):
+        err.print(
+            f"failed, {stream}, {n} clip{'s' * (n > 1)}: {reason}", markup=False, soft_wrap=True
+        )
+
+
+@store_app.command("ls")
+@_verb
+def store_ls(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> int:
+    """List the specs in a store, their clips and sizes."""
+    from cache.commit import Status
+    from cache.store import TokenStore
+    from eval.report import human_size
+
+    opened = TokenStore.open(store)
+    table = Table("stream", "spec", "encoder", "stored per clip", "ok", "absent", "failed", "size")
+    for spec in opened.specs.values():
+        index = opened.index(spec)
+        counts = Counter(e.status for e in index.entries.values())
+        shape = " x ".join(map(str, spec.max_shape))
+        table.add_row(
+            spec.stream,
+            spec.spec_id,
+            f"{spec.encoder.kind} {spec.encoder.width}",
+            f"{'up to ' if spec.stream == 'audio' else ''}{shape} {spec.dtype}",
+            *(str(counts[s]) for s in (Status.OK, Status.ABSENT, Status.FAILED)),
+            human_size(sum(c.n_bytes for c in index.commits)),
+        )
+    out.print(table)
+    if not opened.specs:
+        out.print("the store is empty", highlight=False)
+    return DONE
+
+
+@store_app.command("show")
+@_verb
+def store_show(
+    store: Annotated[Path, typer.Argument(metavar="STORE")],
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[UID|SPEC]",
+            help="A record's uid (with --manifest), a clip's digest, or a spec.",
+        ),
+    ] = None,
+    manifest: Annotated[
+        Path | None, typer.Option("--manifest", help="To look up a clip by its uid.")
+    ] = None,
+) -> int:
+    """Show a spec in full, or one clip's tokens, status and provenance."""
+    from cache.manifest import read_manifest
+    from cache.store import TokenStore
+
+    opened = TokenStore.open(store)
+    chosen = [s for s in opened.specs.values() if what in (None, s.spec_id, s.stream)]
+    if chosen:
+        for spec in chosen:
+            index = opened.index(spec)
+            out.print_json(spec.model_dump_json())
+            made = Counter(
+                ", ".join(f"{k} {v}" for k, v in c.provenance.items()) for c in index.commits
+            )
+            for text, n in made.items():
+                out.print(f"{n} units by {text}", highlight=False)
+        return DONE
+    assert what is not None
+    keys = {what}
+    if manifest is not None:
+        found = [r for r in read_manifest(manifest).records if r.uid == what]
+        keys |= {r.token_key(s) for r in found for s in opened.specs.values()}
+    if not _print_clip(opened, keys, what):
+        from cache.errors import CacheMissError
+
+        raise CacheMissError(
+            f"{what!r}: neither a stored spec nor a clip of {store}. Give a spec_id from `emocache "
+            "store ls`, a clip's SHA-256, or a uid together with --manifest."
+        )
+    return DONE
+
+
+def _print_clip(store: TokenStore, keys: set[str], title: str) -> bool:
+    import numpy as np
+
+    from cache.commit import Status
+
+    table = Table("stream", "status", "tokens", "mean", "std", "frames", "made", title=title)
+    for spec in store.specs.values():
+        index = store.index(spec)
+        for key in sorted(keys & index.entries.keys()):
+            entry = index.entries[key]
+            row = [spec.stream, entry.status.value, entry.reason or "-", "", "", "", ""]
+            if entry.status is Status.OK:
+                tokens = store.read(spec, key).tokens.astype(np.float32)
+                indices, times = store.frame_times(spec, entry.row)
+                row[2] = " x ".join(map(str, tokens.shape)) + (
+                    " (truncated)" if entry.truncated else ""
+                )
+                row[3:5] = [f"{tokens.mean():.3f}", f"{tokens.std():.3f}"]
+                if indices:
+                    row[5] = f"{indices[0]}..{indices[-1]} ({times[0]:.2f}..{times[-1]:.2f} s)"
+            commit = next(c for c in index.commits if any(e is entry for e in c.clips))
+            row[6] = f"{commit.created}, {commit.provenance.get('checkpoint', '')}"
+            table.add_row(*row)
+    if table.row_count:
+        out.print(table)
+    return bool(table.row_count)
+
+
+@app.command("train")
+@_verb
+def train_command(
+    preset: PresetArgument,
+    manifest: ManifestOption,
+    store: StoreOption,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder of the run.")],
+    overrides: Overrides = None,
+    with_file: WithOption = None,
+) -> int:
+    """Train the preset's stages from cached tokens; run again to continue."""
+    from cache.manifest import read_manifest
+    from cache.store import TokenStore
+    from eval.progress import progress_bar
+    from train.loop import train
+
+    chosen = _configure(preset, overrides, with_file)
+    records = read_manifest(manifest)
+    tokens = TokenStore.open(store)
+    total = sum(stage.n_steps for stage in chosen.stages)
+    with progress_bar(err, "training", total, "steps") as bar:
+        result = train(chosen, records, manifest, tokens, out_dir, on_step=_step_note(bar))
+    if not result.n_steps:
+        out.print(f"nothing to do: {out_dir} has finished all its stages", highlight=False)
+    else:
+        n = sum(result.info.trainable.values())
+        out.print(
+            f"trained {result.n_steps} steps, {n:,} parameters, in {out_dir}", highlight=False
+        )
+    return DONE
+
+
+def _step_note(bar: Any) -> Callable[[str, int, int, dict[str, float]], None]:
+    def on_step(stage: str, step: int, n_steps: int, latest: dict[str, float]) -> None:
+        loss = f" loss {latest['loss']:.3f}" if latest else ""
+        bar.advance(1, f"{stage}{loss}")
+
+    return on_step
+
+
+@app.command("show")
+@_verb
+def show_command(
+    preset: PresetArgument, overrides: Overrides = None, with_file: WithOption = None
+) -> int:
+    """Print the resolved configuration of a preset, as `--with` accepts it."""
+    chosen = _configure(preset, overrides, with_file)
+    if out.is_terminal:
+        out.print_json(chosen.model_dump_json())
+    else:
+        out.file.write(chosen.model_dump_json(indent=2) + "\n")
+    return DONE
+
+
+@app.command("evaluate")
+@_verb
+def evaluate_command(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    manifest: ManifestOption,
+    store: StoreOption,
+    split: Annotated[str, typer.Option(help="Which records to score.")] = "test",
+    task: Annotated[str, typer.Option(help="emotion, or think for reasoning too.")] = "emotion",
+    mask: Annotated[
+        list[str] | None,
+        typer.Option(help="Score also without: audio, video, image or picture. Repeatable."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 200,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Default: RUN/eval-SPLIT-TASK.")
+    ] = None,
+    device: DeviceOption = "cpu",
+) -> int:
+    """Generate replies, score them, write predictions.jsonl and a report."""
+    from cache.manifest import read_manifest
+    from cache.store import TokenStore
+    from eval.evaluate import evaluate
+    from eval.progress import progress_bar
+    from eval.report import score_table
+
+    records = read_manifest(manifest)
+    n_records = len(records.select(split))
+    with progress_bar(err, "evaluating", n_records * (1 + len(mask or [])), "replies") as bar:
+        result = evaluate(
+            run_dir,
+            records,
+            TokenStore.open(store),
+            split=split,
+            task=task,
+            masks=mask or [],
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            device=device,
+            out=out_dir,
+            on_batch=bar.advance,
+        )
+    out.print(score_table(result.rows))
+    for path in (result.predictions, result.report_html, result.report_md):
+        out.print(str(path), highlight=False, soft_wrap=True)
+    return DONE
+
+
+@app.command("demo")
+@_verb
+def demo_command(
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder of everything it makes.")] = Path(
+        "demo"
+    ),
+    n_clips: Annotated[int, typer.Option(min=12, help="Size of the generated corpus.")] = 480,
+    overrides: Overrides = None,
+) -> int:
+    """Run the whole path on generated clips: media, tokens, two stages, scores, report."""
+    from eval.demo import demo
+
+    demo(out_dir, out, err, n_clips=n_clips, overrides=overrides or [])
+    return DONE
+
+
+__all__ = ["MissingDependencyError", "app", "main", "run"]
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,1 @@
+"""Model to replies, scores and reports; the demo."""

@@ -1,0 +1,236 @@
+"""Score a run on a split, under one or several conditions, and write predictions and report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cache.commit import Status
+from cache.errors import ManifestError, SchemaError, near_miss
+from cache.files import write_text_aside
+from cache.manifest import Manifest
+from cache.spec import STREAMS
+from cache.store import TokenStore
+from eval.generate import TrainedRun, generate, load_run
+from eval.metrics import SingleLabelScores, score_single_label
+from eval.predictions import Prediction, write_predictions
+from eval.report import (
+    Fact,
+    HistoryRow,
+    OffListReply,
+    Parsing,
+    ReportData,
+    ScoreRow,
+    StoreRow,
+    write_report,
+)
+from train.data import ViewReader, usable
+from train.prompt import check_task
+
+MASKS: dict[str, tuple[str, ...]] = {
+    "audio": ("audio",),
+    "video": ("video",),
+    "image": ("image",),
+    "picture": ("image", "video"),
+}
+"""What `--mask` may name; a picture is what both visual streams see."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Where an evaluation left its files, and its scores."""
+
+    predictions: Path
+    scores: Path
+    report_html: Path
+    report_md: Path
+    rows: tuple[ScoreRow, ...]
+    """The first is without masks."""
+    clips_per_s: float
+
+
+def evaluate(
+    run: Path,
+    manifest: Manifest,
+    store: TokenStore,
+    *,
+    split: str,
+    task: str = "emotion",
+    masks: Sequence[str] = (),
+    batch_size: int = 16,
+    max_new_tokens: int = 200,
+    device: str = "cpu",
+    out: Path | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Generate, parse, score, report.
+
+    Args:
+        run: A folder that `train` finished.
+        manifest: Records with labels.
+        store: Committed tokens.
+        split: Which records.
+        task: `emotion`, or `think` for reasoning with a label.
+        masks: Further conditions, each with the named streams hidden; see `MASKS`.
+        batch_size: Records per batch.
+        max_new_tokens: Longest reply.
+        device: Torch device.
+        out: Output folder; default `RUN/eval-SPLIT-TASK`.
+        on_batch: Called with the number of replies done.
+
+    Raises:
+        SchemaError: Unknown task or mask.
+        ManifestError: No labelled record in the split.
+        CheckpointError: Not a finished run.
+    """
+    check_task(task)
+    conditions = [("all streams", ()), *((f"{name} masked", mask_streams(name)) for name in masks)]
+    trained = load_run(run, device)
+    reader = ViewReader(store, trained.preset)
+    chosen = manifest.select(split)
+    records = [r for r in usable(chosen, reader, trained.preset.data) if r.label is not None]
+    if not records:
+        raise ManifestError(
+            f"split {split!r}: none of its {len(chosen)} records has a label and tokens to score"
+        )
+    predictions: list[Prediction] = []
+    rows = []
+    started = time.monotonic()
+    for name, streams in conditions:
+        found = list(
+            generate(
+                trained,
+                store,
+                records,
+                task=task,
+                masked=streams,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                on_batch=on_batch,
+            )
+        )
+        predictions += found
+        rows.append(ScoreRow(name=name, scores=_score(found, trained)))
+    clips_per_s = len(predictions) / (time.monotonic() - started)
+    out = out or run / f"eval-{split}-{task}"
+    out.mkdir(parents=True, exist_ok=True)
+    write_predictions(out / "predictions.jsonl", predictions)
+    scores = {row.name: row.scores.model_dump(mode="json") for row in rows}
+    write_text_aside(out / "scores.json", json.dumps(scores, indent=2) + "\n")
+    n_left_out = len(chosen) - len(records)
+    data = ReportData(
+        title=f"{trained.preset.name}: {task} on split {split}",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        preset=trained.preset.name,
+        run_path=str(run),
+        store_path=str(store.layout.root),
+        rows=tuple(rows),
+        history=_history(run / "metrics.jsonl"),
+        throughput=_throughput(trained, clips_per_s),
+        store=_store_rows(store, reader),
+        parsing=_parsing(predictions),
+        provenance=_provenance(trained, reader),
+        notes=_notes(len(records), n_left_out, split),
+    )
+    html, markdown = write_report(data, out)
+    return Evaluation(
+        out / "predictions.jsonl", out / "scores.json", html, markdown, tuple(rows), clips_per_s
+    )
+
+
+def mask_streams(name: str) -> tuple[str, ...]:
+    """Return the streams that a mask hides; raises SchemaError for an unknown one."""
+    if name not in MASKS:
+        raise SchemaError(
+            f"unknown mask '{name}'.{near_miss(name, MASKS)} Allowed: {', '.join(MASKS)}"
+        )
+    return MASKS[name]
+
+
+def _score(predictions: Sequence[Prediction], trained: TrainedRun) -> SingleLabelScores:
+    return score_single_label(
+        [p.truth for p in predictions],
+        [p.label for p in predictions],
+        trained.info.label_space.labels,
+        [p.parse for p in predictions],
+    )
+
+
+def _history(path: Path) -> tuple[HistoryRow, ...]:
+    if not path.is_file():
+        return ()
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return tuple(
+        HistoryRow(
+            stage=row["stage"],
+            step=row["step"],
+            loss=row["loss"],
+            learning_rate=row["learning_rate"],
+            clips_per_s=row["samples_per_s"],
+        )
+        for row in rows
+    )
+
+
+def _throughput(trained: TrainedRun, clips_per_s: float) -> tuple[Fact, ...]:
+    facts = [Fact(name="generation", value=clips_per_s, unit="replies/s")]
+    for stage in trained.preset.stages:
+        seconds = trained.info.seconds.get(stage.name)
+        if seconds:
+            n = stage.n_steps * stage.optim.batch_size * stage.optim.accumulate
+            facts.append(Fact(name=f"training, {stage.name}", value=n / seconds, unit="clips/s"))
+            facts.append(Fact(name=f"duration, {stage.name}", value=seconds, unit="s"))
+    return tuple(facts)
+
+
+def _store_rows(store: TokenStore, reader: ViewReader) -> tuple[StoreRow, ...]:
+    rows = []
+    for stream in STREAMS:
+        spec = reader.specs[stream]
+        index = store.index(spec)
+        counts = Counter(entry.status for entry in index.entries.values())
+        rows.append(
+            StoreRow(
+                stream=stream,
+                spec_id=spec.spec_id,
+                n_ok=counts[Status.OK],
+                n_absent=counts[Status.ABSENT],
+                n_failed=counts[Status.FAILED],
+                size_bytes=sum(commit.n_bytes for commit in index.commits),
+            )
+        )
+    return tuple(rows)
+
+
+def _parsing(predictions: Sequence[Prediction]) -> Parsing:
+    bad = [p for p in predictions if p.parse == "off_list"]
+    return Parsing(
+        counts=dict(Counter(p.parse for p in predictions)),
+        examples=tuple(OffListReply(uid=p.uid, truth=p.truth, reply=p.reply) for p in bad[:5]),
+    )
+
+
+def _provenance(trained: TrainedRun, reader: ViewReader) -> dict[str, str]:
+    return {
+        "run": trained.info.run_id,
+        "seed": str(trained.preset.seed),
+        "language model": trained.preset.model.llm.path,
+        "trained parameters": f"{sum(trained.info.trainable.values()):,}",
+        **{f"{stream} spec": spec.spec_id for stream, spec in reader.specs.items()},
+        **trained.info.versions,
+    }
+
+
+def _notes(n_scored: int, n_left_out: int, split: str) -> tuple[str, ...]:
+    notes = [f"{n_scored} records of split {split!r} are scored under every condition."]
+    if n_left_out:
+        notes.append(
+            f"{n_left_out} records of the split are left out: no label, or no tokens by the choice "
+            "of data.absent and data.failed."
+        )
+    return tuple(notes)

@@ -1,0 +1,241 @@
+"""The two figures of a report, each as inline SVG for the HTML page and as PNG beside Markdown.
+
+The SVG takes its colours from CSS variables of the page (`currentColor`, `--rule`, `--muted`,
+`--accent`, `--warn`), so one drawing serves light and dark mode. The hues, blue and vermilion of
+the Okabe-Ito palette, stay apart for colour-blind readers.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from io import BytesIO, StringIO
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from cache.errors import MissingDependencyError
+from eval.metrics import SingleLabelScores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+OFF_LIST: Final = "off list"
+"""The name of the last column of a confusion matrix."""
+
+MAX_POINTS: Final = 2000
+"""Points drawn per curve; of a longer history every n-th row, so that the page stays small."""
+
+_WHITE_TEXT_ABOVE: Final = 0.75
+"""Share of a row from which dark text on a cell has less contrast than white text."""
+
+
+class Plot(NamedTuple):
+    """One figure in both forms."""
+
+    svg: str
+    """An `<svg>` element for an HTML page, without references to anything outside it."""
+    png: bytes
+    """The same on a white ground, 160 dots per inch."""
+
+
+class Curve(NamedTuple):
+    """The training history of one stage."""
+
+    stage: str
+    steps: Sequence[int]
+    """Optimizer steps since the start of the first stage, rising."""
+    losses: Sequence[float]
+    """Not-a-number leaves a gap."""
+    learning_rates: Sequence[float]
+
+
+class _Theme(NamedTuple):
+    ink: str
+    rule: str
+    muted: str
+    accent: str
+    warn: str
+    ground: str
+
+
+_PAPER: Final = _Theme("#1b1f24", "#d5dae1", "#68707b", "#0072b2", "#d55e00", "#ffffff")
+# Colours that matplotlib can write and that mean nothing but the CSS colour they are replaced by.
+_STAND_IN: Final = _Theme("#010101", "#020202", "#030303", "#040404", "#050505", "none")
+_CSS: Final = {
+    _STAND_IN.ink: "currentColor",
+    _STAND_IN.rule: "var(--rule)",
+    _STAND_IN.muted: "var(--muted)",
+    _STAND_IN.accent: "var(--accent)",
+    _STAND_IN.warn: "var(--warn)",
+}
+
+
+def draw_confusion(scores: SingleLabelScores) -> Plot:
+    """Draw a confusion matrix: colour is the share of the row, the text in a cell is the count.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    return _draw(lambda theme: _confusion(scores, theme), "confusion")
+
+
+def draw_training(curves: Sequence[Curve]) -> Plot:
+    """Draw loss and learning rate over the steps of all stages, with the borders between stages.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    return _draw(lambda theme: _training(curves, theme), "training")
+
+
+def _confusion(scores: SingleLabelScores, theme: _Theme) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    n = len(scores.labels)
+    names = [_plain(label) for label in scores.labels]
+    longest = max(map(len, names))
+    width_in = 0.9 + 0.09 * longest + 0.54 * (n + 1.3)
+    figure = Figure(figsize=(width_in, 0.7 + 0.07 * longest + 0.42 * n), layout="constrained")
+    axes = figure.add_subplot()
+    columns = [*range(n), n + 0.3]  # a gap before "off list": it is no class
+    for y, row in enumerate(scores.confusion):
+        total = sum(row)
+        for x, count in zip(columns, row, strict=True):
+            share = count / total if total else 0.0
+            hue = theme.accent if x < n else theme.warn
+            axes.add_patch(
+                Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, facecolor=hue, alpha=share, lw=0)
+            )
+            axes.add_patch(
+                Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, edgecolor=theme.rule, lw=1)
+            )
+            ink = "#ffffff" if share > _WHITE_TEXT_ABOVE else theme.ink
+            axes.text(
+                x,
+                y,
+                f"{count:,}",
+                ha="center",
+                va="center_baseline",
+                color=ink if count else theme.muted,
+                fontsize=10 if count < 10_000 else 8,
+            )
+    axes.set_xlim(-0.55, n + 0.85)
+    axes.set_ylim(n - 0.5, -0.5)
+    slanted = n > 3 and longest > 6
+    axes.set_xticks(
+        columns,
+        [*names, OFF_LIST],
+        rotation=35 if slanted else 0,
+        ha="right" if slanted else "center",
+        rotation_mode="anchor" if slanted else "default",
+    )
+    axes.set_yticks(range(n), names)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("truth")
+    axes.tick_params(length=0)
+    _hide_spines(axes, "top", "right", "bottom", "left")
+    return figure
+
+
+def _training(curves: Sequence[Curve], theme: _Theme) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9.8, 4.4), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    for curve in curves:
+        stride = -(-len(curve.steps) // MAX_POINTS)
+        steps = curve.steps[::stride]
+        marker = "o" if len(steps) <= 30 else ""
+        top.plot(steps, curve.losses[::stride], color=theme.accent, marker=marker, ms=3, lw=1.4)
+        bottom.plot(
+            steps, curve.learning_rates[::stride], color=theme.warn, marker=marker, ms=3, lw=1.4
+        )
+    for position, curve in enumerate(curves):
+        start = 0 if position == 0 else curves[position - 1].steps[-1]
+        if position:
+            for axes in (top, bottom):
+                axes.axvline(start, color=theme.muted, lw=1, ls=(0, (4, 3)))
+        middle = (start + curve.steps[-1]) / 2
+        top.annotate(
+            _plain(curve.stage, 40),
+            (middle, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 5),
+            textcoords="offset points",
+            ha="center",
+            color=theme.muted,
+        )
+    top.set_ylabel("loss")
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("optimizer step")
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    bottom.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    bottom.set_xlim(0, max(1, curves[-1].steps[-1]) * 1.01)
+    bottom.set_ylim(0, max(max(curve.learning_rates) for curve in curves) * 1.08 or 1)
+    for axes in (top, bottom):
+        axes.grid(axis="y", color=theme.rule, lw=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(color=theme.rule)
+        _hide_spines(axes, "top", "right", "left")
+        axes.spines["bottom"].set_color(theme.rule)
+    return figure
+
+
+def _draw(build: Callable[[_Theme], Figure], name: str) -> Plot:
+    """Build a figure in both themes and write it as SVG and PNG, with no global figure state."""
+    try:
+        from matplotlib import rc_context
+    except ImportError as error:
+        raise MissingDependencyError(
+            "The plots of a report need matplotlib: pip install 'emocache[eval]'"
+        ) from error
+    svg, png = StringIO(), BytesIO()
+    with warnings.catch_warnings():
+        # A label in a script that the font lacks is drawn as boxes in the PNG; the SVG has text.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        with rc_context(_settings(_STAND_IN, name)):
+            build(_STAND_IN).savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+        with rc_context(_settings(_PAPER, name)):
+            build(_PAPER).savefig(png, format="png", dpi=160, facecolor=_PAPER.ground)
+    return Plot(_inline(svg.getvalue(), name), png.getvalue())
+
+
+def _settings(theme: _Theme, name: str) -> dict[Any, Any]:
+    return {
+        "font.family": ["DejaVu Sans"],
+        "font.size": 10,
+        "text.parse_math": False,  # a label may hold dollar signs
+        "text.color": theme.ink,
+        "axes.labelcolor": theme.ink,
+        "xtick.labelcolor": theme.ink,
+        "ytick.labelcolor": theme.ink,
+        "svg.fonttype": "none",  # real text: selectable, in the font of the page
+        "svg.hashsalt": name,  # equal data, equal file
+    }
+
+
+def _inline(svg: str, name: str) -> str:
+    """Make a stand-alone SVG file an element of a page: own ids, page colours, no namespaces."""
+
+    def adapt(tag: re.Match[str]) -> str:
+        text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", tag[0])
+        text = text.replace("xlink:href=", "href=")
+        text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+        return re.sub(r"#(0[1-5])\1\1\b", lambda color: _CSS[color[0]], text)
+
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    return re.sub(r"<[^>]*>", adapt, svg).strip()
+
+
+def _hide_spines(axes: Axes, *sides: str) -> None:
+    axes.spines[list(sides)].set_visible(False)
+
+
+def _plain(text: str, limit: int = 22) -> str:
+    """Return a text on one line, without control characters, cut to what fits an axis."""
+    text = "".join(c for c in " ".join(text.split()) if c.isprintable())
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -1,0 +1,323 @@
+"""The report of a run: one self-contained HTML page and its Markdown twin.
+
+`ReportData` holds everything that a report says, as plain data; `write_report` turns it into files
+and reads nothing else. Scores are fractions everywhere but here: percent and human units are made
+in this file. All text from outside is escaped, in HTML and in Markdown.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from pydantic import Field, field_validator
+
+from cache.errors import MissingDependencyError
+from cache.files import write_aside, write_text_aside
+from cache.schema import Model
+from eval.metrics import SingleLabelScores
+from eval.parse import ParseHow
+from eval.plots import Curve, draw_confusion, draw_training
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_MINUS: Final = "\N{MINUS SIGN}"
+_NONE: Final = "\N{EN DASH}"
+_MEANINGS: Final[dict[ParseHow, str]] = {
+    "tag": "a label, inside an answer tag",
+    "exact": "a label, without a tag",
+    "alias": "another word for a label",
+    "off_list": "no label: counted as wrong",
+    "empty": "no text: counted as wrong",
+}
+
+
+class ScoreRow(Model):
+    """The scores under one condition."""
+
+    name: str
+    """The condition, for example `all streams` or `audio masked`."""
+    scores: SingleLabelScores
+
+
+class HistoryRow(Model):
+    """One logged training step."""
+
+    stage: str
+    step: int = Field(ge=0)
+    """Optimizer steps since the start of the run or of the stage; where a stage counts from the
+    start again, the report adds the steps of the stages before."""
+    loss: float
+    """Mean cross-entropy per answer token, nats."""
+    learning_rate: float
+    tokens_per_s: float | None = None
+    clips_per_s: float | None = None
+
+
+class Fact(Model):
+    """One measured quantity, for example `encoding`, 12.4, `clips/s`."""
+
+    name: str
+    value: float | str
+    unit: str = ""
+
+
+class StoreRow(Model):
+    """What the store holds of one stream under one spec."""
+
+    stream: str
+    spec_id: str
+    n_ok: int
+    n_absent: int
+    """Clips without such a stream."""
+    n_failed: int
+    size_bytes: int
+
+
+class OffListReply(Model):
+    """A reply that held no label."""
+
+    uid: str
+    truth: str | None
+    reply: str
+
+
+class Parsing(Model):
+    """How the replies of all conditions together were parsed."""
+
+    counts: dict[ParseHow, int]
+    examples: tuple[OffListReply, ...] = Field(default=(), max_length=5)
+
+
+class ReportData(Model):
+    """Everything that a report says."""
+
+    title: str
+    created: str
+    """ISO 8601 date and time; the caller's clock, so that equal data give equal files."""
+    preset: str
+    run_path: str
+    store_path: str
+    rows: tuple[ScoreRow, ...] = Field(min_length=1)
+    """Conditions; the first is the headline, and the others are compared with it."""
+    history: tuple[HistoryRow, ...] = ()
+    """In the order of training."""
+    throughput: tuple[Fact, ...] = ()
+    store: tuple[StoreRow, ...] = ()
+    parsing: Parsing | None = None
+    provenance: dict[str, str] = Field(default_factory=dict)
+    """Versions, seeds, digests: name to value."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know to judge the numbers."""
+
+    @field_validator("history")
+    @classmethod
+    def _check_history(cls, history: tuple[HistoryRow, ...]) -> tuple[HistoryRow, ...]:
+        """Refuse a history whose stages are mixed or whose steps go back."""
+        done: set[str] = set()
+        for before, row in pairwise(history):
+            if row.stage == before.stage:
+                if row.step <= before.step:
+                    raise ValueError(
+                        f"stage {row.stage!r}: step {row.step} follows step {before.step}; "
+                        "steps must rise within a stage"
+                    )
+                continue
+            done.add(before.stage)
+            if row.stage in done:
+                raise ValueError(f"stage {row.stage!r} comes back; list each stage in one piece")
+        return history
+
+
+class StageSummary(NamedTuple):
+    """One stage of the training in one table row."""
+
+    stage: str
+    last_step: int
+    """Optimizer steps since the start of the first stage."""
+    first_loss: float
+    last_loss: float
+    n_bad: int
+    """Logged losses that are not finite."""
+    speed: str
+    """Median of the logged speeds with its unit, or a dash."""
+
+
+def write_report(data: ReportData, out_dir: Path) -> tuple[Path, Path]:
+    """Write `report.html`, `report.md` and the figures of the latter into a folder.
+
+    The HTML page needs neither network nor script and no other file; the Markdown file links to
+    `report-confusion.png` and `report-training.png` beside it. Older files are replaced.
+
+    Returns:
+        The paths of the HTML and of the Markdown file.
+
+    Raises:
+        MissingDependencyError: jinja2 or matplotlib is not installed.
+    """
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+        from markupsafe import Markup
+    except ImportError as error:
+        raise MissingDependencyError(
+            "A report needs jinja2: pip install 'emocache[eval]'"
+        ) from error
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(
+        pct=percent,
+        points=points,
+        size=human_size,
+        count=lambda value: f"{value:,}",
+        number=number,
+        excerpt=excerpt,
+        md=lambda text: Markup(escape_markdown(str(text))),
+    )
+    curves = training_curves(data.history)
+    plots = {"confusion": draw_confusion(data.rows[0].scores)}
+    if curves:
+        plots["training"] = draw_training(curves)
+    head = data.rows[0].scores
+    largest = max(head.per_class, key=lambda entry: entry.support)
+    context: dict[str, Any] = {
+        "data": data,
+        "head": head,
+        "majority": largest,
+        "majority_share": largest.support / head.n_scored,
+        "meanings": _MEANINGS,
+        "stages": summarize_stages(data.history, curves),
+        "figures": {name: Markup(plot.svg) for name, plot in plots.items()},
+    }
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name, plot in plots.items():
+        with write_aside(out_dir / f"report-{name}.png") as aside:
+            aside.write_bytes(plot.png)
+    paths = out_dir / "report.html", out_dir / "report.md"
+    for path in paths:
+        text = environment.get_template(f"{path.name}.j2").render(context)
+        write_text_aside(path, text)
+    return paths
+
+
+def score_table(rows: Sequence[ScoreRow]) -> Table:
+    """Return the score table for a terminal: percent, one row per condition."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("condition", title="Scores in percent", title_justify="left")
+    for column in ("accuracy", "weighted F1", "UAR", "scored", "off list", "empty"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        scores = row.scores
+        table.add_row(
+            Text(row.name),  # not markup: a name may hold brackets
+            percent(scores.accuracy),
+            percent(scores.weighted_f1),
+            percent(scores.uar),
+            f"{scores.n_scored:,}",
+            f"{scores.n_off_list:,}",
+            _NONE if scores.n_empty is None else f"{scores.n_empty:,}",
+        )
+    return table
+
+
+def training_curves(history: Iterable[HistoryRow]) -> list[Curve]:
+    """Split a history by stage, on one axis of steps that rises through all stages."""
+    curves: list[Curve] = []
+    rows: dict[str, list[HistoryRow]] = {}
+    for row in history:
+        rows.setdefault(row.stage, []).append(row)
+    end = 0
+    for stage, part in rows.items():
+        offset = end if part[0].step <= end else 0
+        steps = [row.step + offset for row in part]
+        end = steps[-1]
+        curves.append(
+            Curve(stage, steps, [row.loss for row in part], [row.learning_rate for row in part])
+        )
+    return curves
+
+
+def summarize_stages(history: Sequence[HistoryRow], curves: Sequence[Curve]) -> list[StageSummary]:
+    """Return one row per stage, in the order of training."""
+    summaries = []
+    for curve in curves:
+        rows = [row for row in history if row.stage == curve.stage]
+        tokens = [row.tokens_per_s for row in rows if row.tokens_per_s is not None]
+        clips = [row.clips_per_s for row in rows if row.clips_per_s is not None]
+        speeds = [
+            f"{number(median(values))} {unit}"
+            for values, unit in ((clips, "clips/s"), (tokens, "tokens/s"))
+            if values
+        ]
+        summaries.append(
+            StageSummary(
+                stage=curve.stage,
+                last_step=curve.steps[-1],
+                first_loss=rows[0].loss,
+                last_loss=rows[-1].loss,
+                n_bad=sum(not math.isfinite(row.loss) for row in rows),
+                speed=", ".join(speeds) or _NONE,
+            )
+        )
+    return summaries
+
+
+def percent(fraction: float) -> str:
+    """Return a fraction as percent with two decimals, without the sign: 0.5 -> `50.00`."""
+    return f"{100 * fraction:.2f}"
+
+
+def points(fraction: float, base: float) -> str:
+    """Return the signed distance of two fractions in percentage points: `+1.50`."""
+    # The distance of the printed numbers, so that a reader who subtracts finds no contradiction.
+    distance = round(float(percent(fraction)) - float(percent(base)), 2)
+    sign = "+" if distance > 0 else _MINUS if distance < 0 else "\N{PLUS-MINUS SIGN}"
+    return f"{sign}{abs(distance):.2f}"
+
+
+def human_size(size_bytes: int) -> str:
+    """Return a size in the binary unit that keeps it below 1024: `1.50 MiB`."""
+    if size_bytes < 1024:
+        return f"{size_bytes} B"
+    size = float(size_bytes)
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        size /= 1024
+        if size < 1023.95 or unit == "TiB":
+            break
+    return f"{size:.2f} {unit}"
+
+
+def number(value: float | str) -> str:
+    """Return a number with four significant digits, whole numbers in full; text as it stands."""
+    if isinstance(value, str):
+        return value
+    if not math.isfinite(value):
+        return "not finite"
+    if value == int(value) or abs(value) >= 1000:
+        return f"{value:,.0f}".replace("-", _MINUS)
+    return f"{value:.4g}".replace("-", _MINUS)
+
+
+def excerpt(text: str, limit: int = 280) -> str:
+    """Return a text cut to a length that fits a table, with the length it had."""
+    return text if len(text) <= limit else f"{text[:limit]} … ({len(text):,} characters)"
+
+
+def escape_markdown(text: str) -> str:
+    """Escape a text for a Markdown table cell: no HTML, no markup, one line."""
+    text = "".join(c for c in " ".join(text.split()) if c.isprintable())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]#|~$])", r"\\\1", text)

@@ -1,0 +1,1 @@
+"""Frozen encoders, one file each, behind one protocol (`extract.encoders.base`)."""
