@@ -547,12 +547,17 @@ def _check_unit(spec: TokenSpec, clips: Sequence[ClipTokens]) -> None:
                 f"{clip.key[:16]}: {spec.stream} tokens of shape {shape}, the spec says "
                 f"{'up to ' if ragged else ''}{wanted}. The encoder does not fit the spec."
             )
-        stored = clip.tokens.astype(spec.dtype, copy=False)
-        if not np.isfinite(stored).all():
+        if not is_storable(clip.tokens, spec):
             raise CorruptTokensError(
                 f"{clip.key[:16]}: {spec.stream} tokens hold NaN or infinity as {spec.dtype}. "
                 "Nothing was written; check the encoder's precision."
             )
+
+
+def is_storable(tokens: Floats, spec: TokenSpec) -> bool:
+    """True if every value is finite in the spec's stored dtype."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(tokens.astype(spec.dtype, copy=False)).all())
 
 
 def _crc32(tokens: npt.NDArray[Any]) -> int:

@@ -13,7 +13,7 @@ from cache.clip import Record, file_sha256, media_path
 from cache.commit import ClipTokens, Status
 from cache.errors import MediaError
 from cache.spec import TokenSpec
-from cache.store import TokenStore
+from cache.store import TokenStore, is_storable
 from extract.decode import Decoded, FrameRequest, decode
 from extract.encoders.bank import EncoderBank
 from extract.plan import Plan, Unit
@@ -165,4 +165,11 @@ def _encode(
         # Choices stand in the order of the requests: one per spec that has frames.
         pictures = [s for s in unit.specs if s.frames is not None]
         choice = found.choices[pictures.index(spec)]
-    return bank.encode(spec, record, found, choice)
+    clip = bank.encode(spec, record, found, choice)
+    if clip.tokens is not None and not is_storable(clip.tokens, spec):
+        return ClipTokens(
+            clip.key,
+            Status.FAILED,
+            reason=f"the {spec.stream} encoder gave NaN or infinity as {spec.dtype}",
+        )
+    return clip

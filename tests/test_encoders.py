@@ -110,7 +110,7 @@ def _randomise(module: torch.nn.Module) -> None:
 
 @pytest.fixture(scope="module")
 def eva_model() -> Eva:
-    """timm's own EVA with one more block than the spec uses, as the real checkpoint has."""
+    """Timm's own EVA with one more block than the spec uses, as the real checkpoint has."""
     model = Eva(
         img_size=56,
         patch_size=14,
@@ -274,7 +274,9 @@ def test_blip2_import_equals_a_hand_written_forward(eva_pth: Path) -> None:
         attention = ((q * 12**-0.5) @ k.transpose(-1, -2)).softmax(-1)
         mixed = (attention @ v).transpose(1, 2).reshape(1, 65, 48)
         t = t + F.linear(mixed, w[f"{b}.attn.proj.weight"], w[f"{b}.attn.proj.bias"])
-        h = F.gelu(F.linear(norm(f"{b}.norm2", t), w[f"{b}.mlp.fc1.weight"], w[f"{b}.mlp.fc1.bias"]))
+        h = F.gelu(
+            F.linear(norm(f"{b}.norm2", t), w[f"{b}.mlp.fc1.weight"], w[f"{b}.mlp.fc1.bias"])
+        )
         t = t + F.linear(h, w[f"{b}.mlp.fc2.weight"], w[f"{b}.mlp.fc2.bias"])
     plain = F.layer_norm(t, (48,), eps=1e-5)
     np.testing.assert_allclose(
@@ -308,7 +310,7 @@ def test_the_digest_ignores_the_file_format_and_half_precision(tmp_path: Path) -
 
 class TestBadCheckpoints:
     def test_missing_file(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="no such checkpoint file"):
+        with pytest.raises(CheckpointError, match=r"no such checkpoint file"):
             FrozenEva.load(EVA, tmp_path / "none.pth")
 
     def test_missing_keys_are_counted(self, eva_pth: Path, tmp_path: Path) -> None:
@@ -316,11 +318,13 @@ class TestBadCheckpoints:
         for key in [k for k in state if k.startswith("blocks.1.")]:
             del state[key]
         torch.save(state, tmp_path / "part.pth")
-        with pytest.raises(CheckpointError, match=r"13 of \d+ tensors are missing, first: blocks\.1"):
+        with pytest.raises(
+            CheckpointError, match=r"13 of \d+ tensors are missing, first: blocks\.1"
+        ):
             FrozenEva.load(EVA, tmp_path / "part.pth")
 
     def test_other_shapes(self, eva_pth: Path) -> None:
-        with pytest.raises(CheckpointError, match="another shape than the spec says"):
+        with pytest.raises(CheckpointError, match=r"another shape than the spec says"):
             FrozenEva.load(EVA.model_copy(update={"mlp_width": 96}), eva_pth)
 
     def test_unexpected_keys(self, eva_pth: Path, tmp_path: Path) -> None:
@@ -332,11 +336,11 @@ class TestBadCheckpoints:
 
     def test_another_whisper_size(self, whisper_pt: Path) -> None:
         wrong = WHISPER.model_copy(update={"n_layers": 4})
-        with pytest.raises(CheckpointError, match="n_layers is 2, the spec says 4"):
+        with pytest.raises(CheckpointError, match=r"n_layers is 2, the spec says 4"):
             FrozenWhisper.load(wrong, whisper_pt)
 
     def test_not_a_whisper(self, eva_pth: Path) -> None:
-        with pytest.raises(CheckpointError, match="not an openai-whisper checkpoint"):
+        with pytest.raises(CheckpointError, match=r"not an openai-whisper checkpoint"):
             FrozenWhisper.load(WHISPER, eva_pth)
 
     def test_a_pickle_with_code_is_refused_and_not_run(self, tmp_path: Path) -> None:
@@ -347,7 +351,7 @@ class TestBadCheckpoints:
         path = tmp_path / "evil.pth"
         torch.save({"pos_embed": Evil()}, path)
         (tmp_path / "ran").unlink(missing_ok=True)
-        with pytest.raises(CheckpointError, match="not a readable checkpoint of tensors"):
+        with pytest.raises(CheckpointError, match=r"not a readable checkpoint of tensors"):
             FrozenEva.load(EVA, path)
         assert not (tmp_path / "ran").exists()
 
@@ -356,9 +360,9 @@ class TestBadCheckpoints:
     def test_damaged_files(self, tmp_path: Path, content: bytes, suffix: str) -> None:
         path = tmp_path / f"damaged{suffix}"
         path.write_bytes(content)
-        with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        with pytest.raises(CheckpointError, match=r"not a readable checkpoint"):
             FrozenEva.load(EVA, path)
 
     def test_pictures_of_a_wrong_size(self, eva_pth: Path) -> None:
-        with pytest.raises(SpecMismatchError, match="pictures of 50x50 px"):
+        with pytest.raises(SpecMismatchError, match=r"pictures of 50x50 px"):
             FrozenEva.load(EVA, eva_pth).encode(torch.zeros(1, 3, 50, 50))

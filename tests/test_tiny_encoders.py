@@ -136,7 +136,7 @@ def _features(
     with torch.inference_mode():
         for row in rows:
             frames = [frame for i, frame in enumerate(make_frames(row, seed)) if i % 20 == 0]
-            tokens = eva_tokens(eva, torch.stack([to_pixels(frame, 112) for frame in frames]))[0]
+            tokens = eva_tokens(eva, torch.stack([to_pixels(frame, 112) for frame in frames]))[-2]
             pictures.append(torch.cat([tokens[0, 0], tokens[:, 1:].mean(dim=(0, 1))]).numpy())
             samples = make_samples(row, seed)
             mel = whisper.log_mel_spectrogram(samples, padding=480000 - len(samples))
@@ -167,7 +167,7 @@ def test_eva_stands_a_resized_position_table() -> None:
     frames = [next(make_frames(row, 7)) for row in rows]
     with torch.inference_mode():
         near, far = (
-            torch.cat([eva_tokens(eva, to_pixels(f, px)[None])[0][:, 1:].mean(1) for f in frames])
+            torch.cat([eva_tokens(eva, to_pixels(f, px)[None])[-2][:, 1:].mean(1) for f in frames])
             for px in (112, 168)
         )
     near, far = near - near.mean(0), far - far.mean(0)

@@ -113,7 +113,7 @@ def train(
         mixture = Mixture(records, stage.tasks, n_samples, seed=preset.seed + number)
         dataset = TrainDataset(mixture, reader, renderer)
         started = time.monotonic()
-        n_steps += _train_stage(preset, stage, model, dataset, run, on_step)
+        n_steps += train_stage(preset, stage, model, dataset, run, on_step)
         save_trained(model, run / stage.name / "final")
         info = info.model_copy(
             update={
@@ -145,14 +145,22 @@ def _continue(run: Path, preset: Preset) -> RunInfo | None:
     return info
 
 
-def _train_stage(
+def train_stage(
     preset: Preset,
     stage: StageConfig,
     model: EmotionLlama,
     dataset: TrainDataset,
     run: Path,
-    on_step: OnStep | None,
+    on_step: OnStep | None = None,
 ) -> int:
+    """Train one stage, from its last checkpoint if there is one.
+
+    Returns:
+        Optimizer steps that this call ran.
+
+    Raises:
+        Interrupted: Ctrl-C; the state is saved.
+    """
     folder = run / stage.name
     optim = stage.optim
     arguments = TrainingArguments(

@@ -184,6 +184,55 @@ def draw_face(
     return noisy
 
 
+def face_landmarks(face: Face) -> NDArray[np.float32]:
+    """Return where the expression sits: `(14, 2)` float32, x and y in frame widths and heights.
+
+    Left then right: inner end, middle and outer end of the brow, top and bottom of the eye; then
+    the corners of the mouth, the middle of the upper lip and of the lower lip.
+    """
+    points = []
+    for side in (-1, 1):
+        points += [_brow(face, side)[place] for place in (0, 2, 4)]
+        x, y = _EYE
+        points += [np.array([side * x, y + end * _eye_half(face)]) for end in (-1, 1)]
+    upper, lower = _lips(face)
+    points += [upper[0], upper[-1], upper[len(upper) // 2], lower[len(lower) // 2]]
+    turn, origin = _frame(face)
+    return (np.stack(points) @ turn + origin).astype(np.float32)
+
+
+def _frame(face: Face) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the matrix and the origin that take face coordinates to shares of the frame."""
+    cos, sin = math.cos(face.tilt), math.sin(face.tilt)
+    turn = np.array([[cos, sin], [-sin, cos]]) * face.head_scale
+    return turn, np.array([0.5 + face.head_x, 0.5 + face.head_y])
+
+
+_EYE = (0.34, -0.1)  # centre of the eye on the positive side, in face coordinates
+
+
+def _eye_half(face: Face) -> float:
+    """Return half the height of an eye."""
+    return 0.03 + 0.15 * face.eye_open
+
+
+def _brow(face: Face, side: int) -> NDArray[np.float64]:
+    """Return the line of one brow from the inner to the outer end, `(5, 2)`."""
+    along = np.linspace(0, 1, 5)
+    rest = -0.42 - 0.13 * face.brow_height - 0.05 * np.sin(math.pi * along)
+    y = rest + face.brow_slant * np.interp(along, [0, 1], [0.13, -0.07])
+    return np.stack([side * (0.14 + 0.4 * along), y], axis=1)
+
+
+def _lips(face: Face) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the lines of the upper and of the lower lip, `(13, 2)` each."""
+    along = np.linspace(-1, 1, 13)
+    x = (0.32 - 0.1 * face.mouth_open) * along
+    middle = 0.54 + 0.15 * face.mouth_curve * (0.5 - along**2)
+    gape = 0.17 * face.mouth_open * np.sqrt(1 - along**2)
+    return np.stack([x, middle - 0.6 * gape], axis=1), np.stack([x, middle + gape], axis=1)
+
+
 def _blend(stops: tuple[tuple[int, int, int], ...], at: float) -> NDArray[np.float64]:
     """Interpolate a list of RGB colours at a position 0..1."""
     place = np.clip(at, 0, 1) * (len(stops) - 1)
@@ -218,9 +267,7 @@ class _Pen:
         self._draw: Any = ImageDraw.Draw(image)
         self._face = face
         self._scale = face.head_scale * edge
-        cos, sin = math.cos(face.tilt), math.sin(face.tilt)
-        self._turn = np.array([[cos, sin], [-sin, cos]]) * self._scale
-        self._origin = np.array([0.5 + face.head_x, 0.5 + face.head_y]) * edge
+        self._turn, self._origin = (edge * part for part in _frame(face))
         self._skin = _blend(_SKIN, face.skin)
         self._hair = _blend(_HAIR, face.hair)
 
@@ -248,8 +295,8 @@ class _Pen:
 
     def _eye(self, side: int) -> None:
         """Draw the white, the iris and the lid of one eye."""
-        centre = (side * 0.34, -0.1)
-        half = 0.03 + 0.15 * self._face.eye_open
+        centre = (side * _EYE[0], _EYE[1])
+        half = _eye_half(self._face)
         self._oval(centre, (0.2, half + 0.025), 0.45 * self._skin)
         self._oval(centre, (0.18, half), np.array([250.0, 250, 248]))
         self._oval(centre, (0.095, min(0.095, half)), np.array([62.0, 46, 40]))
@@ -257,23 +304,12 @@ class _Pen:
 
     def _brow(self, side: int) -> None:
         """Draw one brow: height moves it, slant turns it."""
-        face = self._face
-        along = np.linspace(0, 1, 5)  # from the inner to the outer end
-        rest = -0.42 - 0.13 * face.brow_height - 0.05 * np.sin(math.pi * along)
-        y = rest + face.brow_slant * np.interp(along, [0, 1], [0.13, -0.07])
-        line = np.stack([side * (0.14 + 0.4 * along), y], axis=1)
+        line = _brow(self._face, side)
         self._line(line, 0.075, 0.3 * self._skin + 0.15 * self._hair)
 
     def _mouth(self) -> None:
         """Draw the lips, and the dark between them when the mouth is open."""
-        face = self._face
-        half = 0.32 - 0.1 * face.mouth_open
-        along = np.linspace(-1, 1, 13)
-        x = half * along
-        middle = 0.54 + 0.15 * face.mouth_curve * (0.5 - along**2)
-        gape = 0.17 * face.mouth_open * np.sqrt(1 - along**2)
-        upper = np.stack([x, middle - 0.6 * gape], axis=1)
-        lower = np.stack([x, middle + gape], axis=1)
+        upper, lower = _lips(self._face)
         lip = 0.6 * self._skin * np.array([1.0, 0.62, 0.62])
         self._fill(np.concatenate([upper, lower[::-1]]), np.array([60.0, 16, 20]))
         self._line(upper, 0.06, lip)

@@ -29,13 +29,13 @@ class Recipe:
     """How long to train, and on what."""
 
     seed: int = 0
-    eva_steps: int = 900
+    eva_steps: int = 2000
     """Optimizer steps of the tiny EVA; every fourth one at 168 px."""
     whisper_steps: int = 700
     """Optimizer steps of the tiny Whisper with 5 s of context."""
     whisper_full_steps: int = 80
     """Further steps with the 30 s of context that extraction uses, mostly padding."""
-    faces_per_step: int = 64
+    faces_per_step: int = 32
     """Batch size of the tiny EVA; a quarter of it at 168 px."""
     voices_per_step: int = 32
     """Batch size of the tiny Whisper; a quarter of it with 30 s of context."""

@@ -34,7 +34,7 @@ EVA_FILE, WHISPER_FILE = "eva_tiny.safetensors", "whisper_tiny.pt"
 
 def provenance(recipe: Recipe) -> dict[str, str]:
     """Return what a checkpoint says of its making, as text values."""
-    versions = {"torch": torch.__version__, "timm": timm.__version__, "numpy": np.__version__}
+    versions = {"torch": str(torch.__version__), "timm": timm.__version__, "numpy": np.__version__}
     return {
         "script": "python -m extract.tiny.pretrain",
         "trained_on": "generated faces and voices with free parameters; no emotion labels",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,7 +13,13 @@ from PIL import Image
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from extract.corpora.demo_faces import FACE_RANGES, draw_face, face_values, sample_face
+from extract.corpora.demo_faces import (
+    FACE_RANGES,
+    draw_face,
+    face_landmarks,
+    face_values,
+    sample_face,
+)
 from extract.tiny.optimise import (
     FACES,
     HELD_OUT,
@@ -27,6 +34,11 @@ from extract.tiny.optimise import (
 
 EVA_SIZES_PX = (112, 168)
 """Edges the tiny EVA is trained for: its native grid of 8 x 8 patches, and 12 x 12."""
+
+_NATIVE_GRID = 8  # patches per edge at 112 px
+_BROWS, _EYES, _MOUTH = [0, 1, 2, 5, 6, 7], [3, 4, 8, 9], [10, 11, 12, 13]
+_PART_LANDMARKS = (_BROWS, _BROWS, _EYES, _MOUTH, _MOUTH)
+"""Landmarks of the part that shows each of the first five parameters, those of expression."""
 
 _CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 _CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
@@ -63,36 +75,58 @@ def to_pixels(frame: NDArray[np.uint8], size_px: int) -> Tensor:
 
 
 def eva_tokens(model: Eva, pixels: Tensor) -> list[Tensor]:
-    """Return the tokens of the penultimate depth and of the last one.
+    """Return the tokens after each block; `[-2]` is the penultimate depth, which the paper uses.
 
     Args:
         model: The encoder.
         pixels: `(B, 3, S, S)` float32.
 
     Returns:
-        Two tensors `(B, 1 + (S / 14)^2, 96)`, CLS first: after all blocks but one and a
-        LayerNorm without parameters, and after all blocks and the final norm.
+        One tensor `(B, 1 + (S / 14)^2, 96)` per block, CLS first: behind a LayerNorm without
+        parameters, the last one behind the model's final norm.
     """
-    depth = len(model.blocks)
     found = model.forward_intermediates(
-        pixels,
-        indices=[depth - 2, depth - 1],
-        return_prefix_tokens=True,
-        output_fmt="NLC",
-        intermediates_only=True,
+        pixels, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
     )
-    inner, last = (torch.cat([cls, patches], dim=1) for patches, cls in found)
-    return [F.layer_norm(inner, inner.shape[-1:]), model.norm(last)]
+    *inner, last = (torch.cat([cls, patches], dim=1) for patches, cls in found)
+    return [*(F.layer_norm(tokens, tokens.shape[-1:]) for tokens in inner), model.norm(last)]
 
 
-def face_batch(n: int, size_px: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Draw faces with free parameters: pixels `(n, 3, S, S)` and targets `(n, 15)`, float32."""
-    pixels, targets = [], []
-    for _ in range(n):
-        face = sample_face(rng)
-        pixels.append(to_pixels(draw_face(face, rng), size_px))
-        targets.append(face_values(face))
-    return torch.stack(pixels), torch.from_numpy(np.stack(targets))
+@dataclass(frozen=True)
+class FaceBatch:
+    """Faces with free parameters."""
+
+    pixels: Tensor
+    """`(B, 3, S, S)` float32."""
+    values: Tensor
+    """`(B, 15)` float32: parameters of the face, scaled to -1..1."""
+    local: Tensor
+    """`(B, P, 33)` float32, what a patch can see itself: x and y from the patch to each of the 14
+    landmarks, in patches of the native grid, then the 5 parameters of expression."""
+    seen: Tensor
+    """`(B, P, 33)` float32: 1 where the landmark, or one of that part of the face, is within
+    1.5 patches, 0 elsewhere."""
+
+
+def face_batch(n: int, size_px: int, rng: np.random.Generator) -> FaceBatch:
+    """Draw `n` faces with free parameters at an edge of `size_px`."""
+    faces = [sample_face(rng) for _ in range(n)]
+    values = torch.from_numpy(np.stack([face_values(face) for face in faces]))
+    landmarks = torch.from_numpy(np.stack([face_landmarks(face) for face in faces]))
+    edge = size_px // 14
+    line = (torch.arange(edge) + 0.5) / edge
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    centres = torch.stack([x, y], dim=2).reshape(1, -1, 1, 2)
+    offsets = (landmarks[:, None] - centres) * _NATIVE_GRID  # (B, P, 14, 2)
+    near = (offsets.abs().amax(dim=3) < 1.5).float()  # (B, P, 14)
+    parts = [near[..., places].amax(dim=2, keepdim=True) for places in _PART_LANDMARKS]
+    expression = values[:, None, : len(_PART_LANDMARKS)].expand(-1, edge * edge, -1)
+    return FaceBatch(
+        pixels=torch.stack([to_pixels(draw_face(face, rng), size_px) for face in faces]),
+        values=values,
+        local=torch.cat([offsets.flatten(2), expression], dim=2),
+        seen=torch.cat([near.repeat_interleave(2, dim=2), *parts], dim=2),
+    )
 
 
 class FaceHeads(nn.Module):
@@ -137,22 +171,35 @@ def pretrain_eva(recipe: Recipe) -> tuple[Weights, Scores]:
     model = build_eva()
     _initialise(model)
     heads = FaceHeads(model.embed_dim)
+    local_heads = nn.ModuleList(nn.Linear(model.embed_dim, 33) for _ in range(2))
 
     def loss(step: int) -> Tensor:
         large = step % 4 == 3
         size_px = EVA_SIZES_PX[large]
         n = recipe.faces_per_step // 4 if large else recipe.faces_per_step
-        pixels, targets = face_batch(n, size_px, batch_rng(recipe, FACES, step))
-        guesses: Tensor = heads(eva_tokens(model, pixels))
-        return F.mse_loss(guesses, targets.unsqueeze(1).expand_as(guesses))
+        batch = face_batch(n, size_px, batch_rng(recipe, FACES, step))
+        depths = eva_tokens(model, batch.pixels)
+        guesses: Tensor = heads(depths[-2:])
+        local = torch.zeros(())
+        for head, tokens in zip(local_heads, (depths[1], depths[-2]), strict=True):
+            error = (head(tokens[:, 1:]) - batch.local).square()
+            local = local + (error * batch.seen).sum() / batch.seen.sum()
+        return F.mse_loss(guesses, batch.values.unsqueeze(1).expand_as(guesses)) + local
 
-    optimise(nn.ModuleList([model, heads]), loss, recipe.eva_steps, recipe.lr, "EVA")
+    optimise(nn.ModuleList([model, heads, local_heads]), loss, recipe.eva_steps, recipe.lr, "EVA")
     weights = round_to_half(model)
     scores: Scores = {}
     with torch.inference_mode():
         for size_px in EVA_SIZES_PX:
             rng = batch_rng(recipe, FACES, HELD_OUT + size_px)
-            pixels, targets = face_batch(recipe.held_out, size_px, rng)
-            guesses = heads(eva_tokens(model, pixels))[:, :5].mean(dim=1)  # penultimate depth
-            scores |= r_squared(guesses, targets, [f"{n}@{size_px}px" for n in FACE_RANGES])
+            batch = face_batch(recipe.held_out, size_px, rng)
+            guesses = torch.cat(
+                # The first five guesses are those of the penultimate depth.
+                [
+                    heads(eva_tokens(model, part)[-2:])[:, :5].mean(1)
+                    for part in torch.split(batch.pixels, 32)
+                ]
+            )
+            names = [f"{name} at {size_px} px" for name in FACE_RANGES]
+            scores |= r_squared(guesses, batch.values, names)
     return weights, scores

@@ -1,0 +1,76 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache.commit import ClipTokens, Status
+from cache.spec import TokenSpec
+from extract import tiny
+from extract.encoders.bank import EncoderBank
+from train.presets import demo
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared_clips() -> Path:
+    """The folder of real media beside the project, where there is one."""
+    folder = SHARED / "clips"
+    if not folder.is_dir():
+        pytest.skip("needs the real clips in ../shared/clips")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_home(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keep the digest memo of real checkpoints out of the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache-home"))
+
+
+def key_of(name: str) -> str:
+    """Return a token key for a made-up clip."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def make_clip(spec: TokenSpec, name: str, n_audio: int = 120) -> ClipTokens:
+    """Return random tokens of a spec for a made-up clip, equal for equal names."""
+    rng = np.random.default_rng(list(name.encode()))
+    shape = (n_audio, spec.max_shape[1]) if spec.stream == "audio" else spec.max_shape
+    n_frames = spec.frames.n_frames if spec.frames else 0
+    return ClipTokens(
+        key_of(name),
+        Status.OK,
+        rng.standard_normal(shape).astype(spec.dtype),
+        frame_index=tuple(range(n_frames)),
+        frame_pts_s=tuple(i / 25 for i in range(n_frames)),
+    )
+
+
+@pytest.fixture(scope="session")
+def specs() -> dict[str, TokenSpec]:
+    """The demo preset's specs, with made-up weights."""
+    return {spec.stream: spec.with_weights("ab" * 32) for spec in demo().tokens.all()}
+
+
+@pytest.fixture(scope="session")
+def tiny_weights() -> dict[str, Path]:
+    """The bundled checkpoints, by encoder kind."""
+    return {
+        kind: Path(tiny.__file__).parent / name for kind, name in demo().bundled_weights.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def bank(tiny_weights: dict[str, Path]) -> EncoderBank:
+    """The demo preset's encoders."""
+    return EncoderBank(demo().tokens.all(), tiny_weights)

@@ -1,0 +1,369 @@
+"""The store: read back, open format, exactly-once, faults caused on purpose."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from cache import commit as commit_module
+from cache import store as store_module
+from cache.commit import ClipTokens, Status
+from cache.errors import (
+    CacheMissError,
+    CorruptTokensError,
+    SchemaError,
+    SpecMismatchError,
+    StoreError,
+)
+from cache.layout import CLIPS_PER_SHARD
+from cache.spec import TokenSpec
+from cache.store import TokenStore
+from tests.conftest import key_of, make_clip
+
+Specs = dict[str, TokenSpec]
+PROVENANCE = {"torch": "0"}
+
+
+def unit(spec: TokenSpec, names: str) -> list[ClipTokens]:
+    return [make_clip(spec, name, n_audio=40 + i) for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("stream", ["audio", "video", "image"])
+def test_what_is_committed_reads_back_byte_equal(tmp_path: Path, specs: Specs, stream: str) -> None:
+    spec, store = specs[stream], TokenStore.open_or_create(tmp_path / "s")
+    clips = unit(spec, "abc")
+    store.commit(spec, clips, PROVENANCE)
+    for reader in (store, TokenStore.open(tmp_path / "s")):
+        for clip in clips:
+            stored = reader.read(spec, clip.key)
+            assert clip.tokens is not None
+            assert stored.tokens.tobytes() == clip.tokens.tobytes()
+            assert stored.tokens.dtype == np.float16
+            index, times = reader.frame_times(spec, stored.entry.row)
+            assert tuple(index) == clip.frame_index
+            assert tuple(times) == clip.frame_pts_s
+
+
+def test_a_stranger_reads_it_with_plain_zarr(tmp_path: Path, specs: Specs) -> None:
+    spec, store = specs["audio"], TokenStore.open_or_create(tmp_path / "s")
+    clips = unit(spec, "abc")
+    store.commit(spec, clips, PROVENANCE)
+    script = f"""
+import zarr
+group = zarr.open_group({str(tmp_path / "s" / "tokens.zarr")!r}, mode="r")
+name, = group.keys()
+audio = group[name]
+row = [bytes(digest).hex() for digest in audio["clip"][:]].index({clips[1].key!r})
+assert audio["status"][row] == 0
+tokens = audio["tokens"][row, : audio["valid_len"][row]]
+print(tokens.shape, tokens.dtype, tokens.tobytes().hex())
+assert audio.attrs["emocache"]["spec"]["stream"] == "audio"
+"""
+    shown = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    ).stdout  # fmt: skip
+    assert clips[1].tokens is not None
+    assert shown.split()[-1] == clips[1].tokens.tobytes().hex()
+
+
+def test_status_is_a_field_and_absent_or_failed_never_read_as_zeros(
+    tmp_path: Path, specs: Specs
+) -> None:
+    spec, store = specs["video"], TokenStore.open_or_create(tmp_path / "s")
+    store.commit(
+        spec,
+        [
+            make_clip(spec, "ok"),
+            ClipTokens(key_of("none"), Status.ABSENT),
+            ClipTokens(key_of("bad"), Status.FAILED, reason="no key frame"),
+        ],
+        PROVENANCE,
+    )
+    with pytest.raises(CacheMissError, match=r"video stream is absent"):
+        store.read(spec, key_of("none"))
+    with pytest.raises(
+        CacheMissError, match=r"demo/7: the video stream is failed \(no key frame\)"
+    ):
+        store.read(spec, key_of("bad"), uid="demo/7")
+    with pytest.raises(CacheMissError, match=r"no committed video tokens .*emocache extract"):
+        store.read(spec, key_of("never"))
+    group = zarr.open_group(store.layout.group(spec), mode="r")
+    assert group["status"][:4].tolist() == [0, 1, 2, -1]  # type: ignore[index, union-attr]
+
+
+def test_the_same_unit_twice_is_one_commit(tmp_path: Path, specs: Specs) -> None:
+    spec = specs["image"]
+    first, second = (TokenStore.open_or_create(tmp_path / "s") for _ in range(2))
+    a = first.commit(spec, unit(spec, "ab"), PROVENANCE)
+    b = second.commit(spec, unit(spec, "ab"), {"torch": "other"})
+    assert a == b
+    assert len(list(first.layout.commits(spec.spec_id).glob("*.json"))) == 1
+
+
+def test_a_retry_replaces_a_failure_and_nothing_else(tmp_path: Path, specs: Specs) -> None:
+    spec, store = specs["image"], TokenStore.open_or_create(tmp_path / "s")
+    failed = ClipTokens(key_of("a"), Status.FAILED, reason="disk")
+    store.commit(spec, [failed, make_clip(spec, "b")], PROVENANCE)
+    after = store.index(spec).superseded[key_of("a")]
+    store.commit(spec, [make_clip(spec, "a")], PROVENANCE, after)
+    for opened in (store, TokenStore.open(tmp_path / "s")):
+        assert opened.entry(spec, key_of("a")).status is Status.OK
+        assert opened.entry(spec, key_of("b")).row == 1
+
+
+def test_specs_are_resolved_or_the_differences_are_named(tmp_path: Path, specs: Specs) -> None:
+    spec, store = specs["image"], TokenStore.open_or_create(tmp_path / "s")
+    with pytest.raises(CacheMissError, match=r"holds no image tokens"):
+        store.resolve(spec)
+    store.commit(spec, unit(spec, "a"), PROVENANCE)
+    open_spec = spec.model_copy(
+        update={"encoder": spec.encoder.model_copy(update={"weights_sha256": None})}
+    )
+    assert store.resolve(open_spec) == spec
+    other = spec.model_copy(update={"decode_policy": 2})
+    with pytest.raises(SpecMismatchError, match=r"decode_policy: 2 wanted, 1 stored"):
+        store.resolve(other)
+    store.commit(spec.with_weights("cd" * 32), unit(spec, "a"), PROVENANCE)
+    with pytest.raises(SpecMismatchError, match=r"2 stored image specs fit, of different weights"):
+        store.resolve(open_spec)
+
+
+def test_the_golden_probe_catches_other_numbers(tmp_path: Path, specs: Specs) -> None:
+    store = TokenStore.open_or_create(tmp_path / "s")
+    store.check_probe(specs["audio"], [1.0, -0.5])
+    store.check_probe(specs["audio"], [1.001, -0.501])
+    with pytest.raises(SpecMismatchError, match=r"answers the fixed input differently"):
+        store.check_probe(specs["audio"], [1.0, -0.4])
+    with pytest.raises(SpecMismatchError, match=r"answers the fixed input differently"):
+        store.check_probe(specs["audio"], [float("nan"), -0.5])
+
+
+class TestRefusals:
+    def test_a_foreign_folder_is_left_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "thesis.txt").write_text("mine")
+        with pytest.raises(StoreError, match=r"not empty and not an emocache store"):
+            TokenStore.open_or_create(tmp_path)
+        with pytest.raises(StoreError, match=r"not an emocache store"):
+            TokenStore.open(tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+    def test_a_missing_store(self, tmp_path: Path) -> None:
+        with pytest.raises(StoreError, match=r"no such store"):
+            TokenStore.open(tmp_path / "none")
+
+    def test_a_newer_format(self, tmp_path: Path) -> None:
+        store = TokenStore.open_or_create(tmp_path / "s")
+        store.layout.marker.write_text('{"format": "emocache-store", "version": 2}')
+        with pytest.raises(StoreError, match=r"store format 2, this version reads up to 1"):
+            TokenStore.open(tmp_path / "s")
+
+    def test_edited_metadata(self, tmp_path: Path, specs: Specs) -> None:
+        spec, store = specs["image"], TokenStore.open_or_create(tmp_path / "s")
+        store.commit(spec, unit(spec, "a"), PROVENANCE)
+        path = store.layout.group(spec) / "zarr.json"
+        path.write_text(path.read_text().replace('"depth": 4', '"depth": 5'))
+        with pytest.raises(StoreError, match=r"does not hash to its spec_id"):
+            _ = TokenStore.open(tmp_path / "s").specs
+
+    @pytest.mark.parametrize(
+        ("tokens", "message"),
+        [
+            (np.zeros((16, 4, 95), np.float16), "tokens of shape"),
+            (np.zeros((15, 4, 96), np.float16), "tokens of shape"),
+            (np.full((16, 4, 96), np.nan, np.float16), "NaN or infinity"),
+            (np.full((16, 4, 96), 1e6, np.float32), "NaN or infinity as float16"),
+        ],
+    )
+    def test_wrong_tokens(
+        self, tmp_path: Path, specs: Specs, tokens: np.ndarray, message: str
+    ) -> None:
+        spec, store = specs["video"], TokenStore.open_or_create(tmp_path / "s")
+        bad = ClipTokens(key_of("x"), Status.OK, tokens)
+        with pytest.raises(CorruptTokensError, match=message):
+            store.commit(spec, [make_clip(spec, "a"), bad], PROVENANCE)
+        assert not store.index(spec).entries
+
+    def test_too_many_clips(self, tmp_path: Path, specs: Specs) -> None:
+        store = TokenStore.open_or_create(tmp_path / "s")
+        clips = [ClipTokens(key_of(str(i)), Status.ABSENT) for i in range(CLIPS_PER_SHARD + 1)]
+        with pytest.raises(StoreError, match=r"1 to 32 distinct clips"):
+            store.commit(specs["video"], clips, PROVENANCE)
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path, specs: Specs) -> None:
+    spec, store = specs["video"], TokenStore.open_or_create(tmp_path / "s")
+    store.commit(spec, unit(spec, "ab"), PROVENANCE)
+    shard = store.layout.group(spec) / "tokens" / "c" / "0" / "0" / "0" / "0"
+    whole = shard.read_bytes()
+    for place in (100, len(whole) // 2, len(whole) - 10):  # data, data, index
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        shard.write_bytes(damaged)
+        n_found = 0
+        for clip in unit(spec, "ab"):
+            try:
+                tokens = TokenStore.open(tmp_path / "s").read(spec, clip.key).tokens
+            except CorruptTokensError:
+                n_found += 1
+            else:
+                assert clip.tokens is not None
+                assert tokens.tobytes() == clip.tokens.tobytes()
+        assert n_found, place
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CorruptTokensError):
+        TokenStore.open(tmp_path / "s").read(spec, key_of("a"))
+    shard.unlink()
+    with pytest.raises(CorruptTokensError, match=r"CRC-32 differs"):
+        TokenStore.open(tmp_path / "s").read(spec, key_of("a"))
+
+
+def test_a_damaged_commit_record_is_named(tmp_path: Path, specs: Specs) -> None:
+    spec, store = specs["video"], TokenStore.open_or_create(tmp_path / "s")
+    store.commit(spec, unit(spec, "a"), PROVENANCE)
+    (path,) = store.layout.commits(spec.spec_id).glob("*.json")
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(SchemaError, match=r"\.json: not a JSON document"):
+        TokenStore.open(tmp_path / "s").index(spec)
+
+
+def test_shape_metadata_that_lost_a_race_hides_nothing(tmp_path: Path, specs: Specs) -> None:
+    spec, store = specs["video"], TokenStore.open_or_create(tmp_path / "s")
+    store.commit(spec, unit(spec, "ab"), PROVENANCE)
+    store.commit(spec, unit(spec, "cd"), PROVENANCE)
+    path = store.layout.group(spec) / "tokens" / "zarr.json"
+    metadata = json.loads(path.read_bytes())
+    metadata["shape"][0] = CLIPS_PER_SHARD  # as a killed writer with an older view leaves it
+    path.write_text(json.dumps(metadata))
+    assert TokenStore.open(tmp_path / "s").read(spec, key_of("d")).tokens.shape == (16, 4, 96)
+    TokenStore.open(tmp_path / "s").commit(spec, unit(spec, "e"), PROVENANCE)
+    assert json.loads(path.read_bytes())["shape"][0] == 3 * CLIPS_PER_SHARD
+
+
+# The steps of a commit, in order; the child is killed with SIGKILL as it enters each.
+STEPS = [
+    (store_module.TokenStore, "_ensure_group"),
+    (store_module.TokenStore, "_claim"),
+    (store_module.TokenStore, "_grow"),
+    (store_module.TokenStore, "_write_shard"),
+    (store_module, "fsync_file"),
+    (store_module.TokenStore, "_shard_files"),
+    (store_module, "write_commit"),
+    (commit_module, "create_once"),
+    (os, "link"),
+]
+
+
+def _commit_and_die(root: Path, spec: TokenSpec, step: int | None) -> None:
+    store = TokenStore.open(root)
+    if step is not None:
+        owner, name = STEPS[step]
+
+        def die(*_: object, **__: object) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(owner, name, die)
+    store.commit(spec, unit(spec, "new"), PROVENANCE)
+
+
+@pytest.mark.parametrize("step", range(len(STEPS)), ids=[name for _, name in STEPS])
+def test_kill_9_at_every_step_loses_and_shows_nothing(
+    tmp_path: Path, specs: Specs, step: int
+) -> None:
+    spec, root = specs["video"], tmp_path / "s"
+    TokenStore.open_or_create(root).commit(spec, unit(spec, "old"), PROVENANCE)
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=_commit_and_die, args=(root, spec, step))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    after = TokenStore.open(root)
+    assert set(after.index(spec).entries) == {key_of(c) for c in "old"}
+    for clip in unit(spec, "old"):
+        assert clip.tokens is not None
+        assert after.read(spec, clip.key).tokens.tobytes() == clip.tokens.tobytes()
+    after.commit(spec, unit(spec, "new"), PROVENANCE)  # the next worker simply does it
+    for clip in unit(spec, "new"):
+        assert clip.tokens is not None
+        assert after.read(spec, clip.key).tokens.tobytes() == clip.tokens.tobytes()
+
+
+def _commit_units(root: Path, spec: TokenSpec, names: list[str]) -> None:
+    store = TokenStore.open_or_create(root)
+    for name in names:
+        store.commit(spec, unit(spec, name), PROVENANCE)
+
+
+@pytest.mark.parametrize("n_writers", [2, 6])
+def test_writers_at_once_lose_nothing_and_commit_each_unit_once(
+    tmp_path: Path, specs: Specs, n_writers: int
+) -> None:
+    spec, root = specs["video"], tmp_path / "s"
+    shared, own = (
+        ["ab", "cd"],
+        [[chr(0x100 + 2 * i) + chr(0x101 + 2 * i)] for i in range(n_writers)],
+    )
+    context = multiprocessing.get_context("fork")
+    writers = [
+        context.Process(target=_commit_units, args=(root, spec, shared + own[i]))
+        for i in range(n_writers)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(120)
+        assert writer.exitcode == 0
+    store = TokenStore.open(root)
+    units = shared + [name for names in own for name in names]
+    assert len(store.index(spec).commits) == len(units)
+    for name in units:
+        for clip in unit(spec, name):
+            assert clip.tokens is not None
+            assert store.read(spec, clip.key).tokens.tobytes() == clip.tokens.tobytes()
+    shards = [c.shard for c in store.index(spec).commits]
+    assert len(set(shards)) == len(shards)
+
+
+@pytest.mark.skipif(
+    shutil.which("mount") is None or os.geteuid() != 0, reason="needs root to mount a tmpfs"
+)
+def test_a_full_disk_commits_nothing_and_loses_nothing(tmp_path: Path, specs: Specs) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("this machine does not allow mounting a tmpfs")
+    try:
+        spec = specs["video"]
+        store = TokenStore.open_or_create(disk / "s")
+        kept: list[str] = []
+
+        def fill() -> None:
+            for number in range(100):
+                names = chr(0x200 + 2 * number) + chr(0x201 + 2 * number)
+                store.commit(spec, unit(spec, names), PROVENANCE)
+                kept.append(names)
+
+        with pytest.raises(StoreError, match=r"cannot write .*Nothing of this unit became visible"):
+            fill()
+        assert kept
+        store = TokenStore.open(disk / "s")
+        assert len(store.index(spec).commits) == len(kept)
+        for names in kept:
+            for clip in unit(spec, names):
+                assert clip.tokens is not None
+                assert store.read(spec, clip.key).tokens.tobytes() == clip.tokens.tobytes()
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)

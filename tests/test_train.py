@@ -1,0 +1,525 @@
+"""Cached tokens to a tuned model: batches, curriculum, exact resume, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
+
+from cache.clip import Clip, Record
+from cache.commit import ClipTokens, Status
+from cache.errors import (
+    CacheMissError,
+    CheckpointError,
+    ManifestError,
+    SchemaError,
+    SpecMismatchError,
+)
+from cache.labels import LabelSpace
+from cache.manifest import Header, Manifest, write_manifest
+from cache.spec import TokenSpec
+from cache.store import TokenStore
+from eval.generate import load_run
+from tests.conftest import key_of, make_clip
+from train.checkpoint import load_trained
+from train.config import Preset, configure
+from train.data import IGNORE, Item, Renderer, ViewReader, collate, usable
+from train.loop import make_optimizer, train
+from train.mixture import Mixture
+from train.model import build, llm_path
+from train.presets import demo, preset, v2
+
+ROOT = Path(__file__).resolve().parents[1]
+N_RECORDS = 10
+SHORT = [
+    "stages.0.n_steps=4", "stages.1.n_steps=4", "stages.0.optim.batch_size=2",
+    "stages.1.optim.batch_size=2", "stages.0.optim.warmup_steps=2", "stages.1.optim.warmup_steps=2",
+    "log_every_steps=1", "save_every_steps=2",
+]  # fmt: skip
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+
+def records() -> tuple[Record, ...]:
+    return tuple(
+        Record(
+            uid=f"made/{i}",
+            media=f"{i}.mp4",
+            clip=Clip(sha256=key_of(f"clip{i}"), n_bytes=1),
+            split="train" if i < 8 else "test",
+            subtitle="It is raining." if i % 2 else None,
+            label=("happy", "sad")[i % 2],
+            description="The voice is low." if i % 3 else None,
+        )
+        for i in range(N_RECORDS)
+    )
+
+
+@pytest.fixture(scope="session")
+def corpus(
+    tmp_path_factory: pytest.TempPathFactory, specs: dict[str, TokenSpec]
+) -> tuple[Manifest, Path, TokenStore]:
+    """Ten made-up clips; number 3 has no audio, number 5 no picture."""
+    root = tmp_path_factory.mktemp("corpus")
+    store = TokenStore.open_or_create(root / "store")
+    for spec in specs.values():
+        clips = []
+        for i in range(N_RECORDS):
+            absent = i == 3 if spec.stream == "audio" else i == 5
+            made = ClipTokens(key_of(f"clip{i}"), Status.ABSENT)
+            clips.append(made if absent else make_clip(spec, f"clip{i}", n_audio=9 + 40 * i))
+        store.commit(spec, clips, {"torch": "0"})
+    manifest = Manifest(
+        header=Header(
+            media_root=".", label_space=LabelSpace(name="emotion", labels=("happy", "sad"))
+        ),
+        records=records(),
+    )
+    path = root / "m.parquet"
+    write_manifest(path, manifest)
+    return manifest, path, store
+
+
+def short(*more: str) -> Preset:
+    return configure(demo(), [*SHORT, *more])
+
+
+# --------------------------------------------------------------------------- batches
+
+
+def test_labels_are_masked_token_by_token(corpus: tuple[Manifest, Path, TokenStore]) -> None:
+    manifest, _, store = corpus
+    tokenizer = AutoTokenizer.from_pretrained(llm_path(demo().model.llm))
+    assert manifest.header.label_space is not None
+    renderer = Renderer(demo(), tokenizer, manifest.header.label_space)
+    reader = ViewReader(store, demo())
+    chosen = [manifest.records[1], manifest.records[2]]
+    prompts = [
+        renderer.prompt(chosen[0], "emotion", 0, with_answer=True),
+        renderer.prompt(chosen[1], "think", 0, with_answer=True),
+    ]
+    batch = collate([Item(reader.read(r), p) for r, p in zip(chosen, prompts, strict=True)])
+    assert batch["head_ids"][0] == tokenizer.bos_token_id
+    everything = [*batch["head_ids"].tolist(), *batch["text_ids"].flatten().tolist()]
+    assert everything.count(tokenizer.bos_token_id) == 1, "one BOS, whatever the batch"
+    for row, prompt in enumerate(prompts):
+        n_tail, n_answer = len(prompt.tail_ids), len(prompt.answer_ids)
+        for place in range(batch["labels"].shape[1]):
+            label, token = int(batch["labels"][row, place]), int(batch["text_ids"][row, place])
+            if n_tail <= place < n_tail + n_answer:
+                assert label == token == prompt.answer_ids[place - n_tail]
+            else:
+                assert label == IGNORE
+            assert bool(batch["text_mask"][row, place]) == (place < n_tail + n_answer)
+    supervised = [batch["text_ids"][r][batch["labels"][r] != IGNORE].tolist() for r in range(2)]
+    assert tokenizer.decode(supervised[0]).strip() == "sad</s>"
+    answer = tokenizer.decode(supervised[1])
+    assert answer.strip() == "<think>The voice is low.</think><answer>happy</answer></s>"
+
+
+def test_views_masks_and_short_audio_reach_the_batch(
+    corpus: tuple[Manifest, Path, TokenStore],
+) -> None:
+    manifest, _, store = corpus
+    reader = ViewReader(store, demo())
+    full, no_audio, no_picture = (reader.read(manifest.records[i]) for i in (2, 3, 5))
+    short_audio = reader.read(manifest.records[0])  # 9 valid frames of 16 tokens
+    assert full.masks["audio"].all()
+    assert short_audio.masks["audio"].sum() == 9
+    assert not no_audio.masks["audio"].any()
+    assert not no_picture.masks["video"].any()
+    assert not no_picture.masks["image"].any()
+    hidden = reader.read(manifest.records[2], masked=("image", "video"))
+    assert not hidden.masks["image"].any()
+    assert not hidden.tokens["image_cls"].any()
+    assert hidden.masks["audio"].all()
+    assert full.masks["image"].all(), "masking a copy leaves the original"
+
+
+def test_the_choice_about_missing_streams_is_explicit(
+    corpus: tuple[Manifest, Path, TokenStore], specs: dict[str, TokenSpec], tmp_path: Path
+) -> None:
+    manifest, _, store = corpus
+    reader = ViewReader(store, demo())
+
+    def kept(*overrides: str) -> list[str]:
+        config = configure(demo(), overrides).data
+        return [r.uid for r in usable(manifest.records, reader, config)]
+
+    assert len(kept()) == N_RECORDS
+    assert len(kept("data.absent=drop")) == N_RECORDS - 2
+    with pytest.raises(
+        CacheMissError, match=r"made/3: audio is absent, and data.absent is 'refuse'"
+    ):
+        kept("data.absent=refuse")
+    broken = TokenStore.open_or_create(tmp_path / "s")
+    for spec in specs.values():
+        failed = ClipTokens(key_of("clip0"), Status.FAILED, reason="no key frame")
+        broken.commit(spec, [failed], {})
+    reader = ViewReader(broken, demo())
+    with pytest.raises(CacheMissError, match=r"made/0: audio, video, image is failed"):
+        usable(manifest.records[:1], reader, demo().data)
+    masked = configure(demo(), ["data.failed=mask"]).data
+    assert usable(manifest.records[:1], reader, masked) == [], "nothing left to look at"
+    with pytest.raises(
+        CacheMissError, match=r"made/1: no committed audio tokens.*emocache extract"
+    ):
+        usable(manifest.records[1:2], reader, demo().data)
+
+
+def test_a_store_of_another_spec_is_refused_field_by_field(
+    corpus: tuple[Manifest, Path, TokenStore],
+) -> None:
+    wanted = configure(demo(), ["tokens.image.pixels.interpolation=bilinear"])
+    with pytest.raises(
+        SpecMismatchError, match=r"pixels.interpolation: 'bilinear' wanted, 'bicubic'"
+    ):
+        ViewReader(corpus[2], wanted)
+
+
+# --------------------------------------------------------------------------- curriculum
+
+
+def test_a_mixture_is_a_pure_function_of_its_seed() -> None:
+    pool = records()
+    a, b = (Mixture(pool, {"emotion": 0.5, "think": 0.5}, 400, seed=3) for _ in range(2))
+    assert [a[i] for i in range(400)] == [b[i] for i in range(400)]
+    other = Mixture(pool, {"emotion": 0.5, "think": 0.5}, 400, seed=4)
+    assert [a[i] for i in range(400)] != [other[i] for i in range(400)]
+    share = Counter(a[i].task for i in range(400))
+    assert 150 < share["think"] < 250
+    assert all(a[i].record.description for i in range(400) if a[i].task == "think")
+
+
+def test_every_record_comes_once_per_pass() -> None:
+    mixture = Mixture(records(), {"emotion": 1.0}, 3 * N_RECORDS, seed=0)
+    for epoch in range(3):
+        samples = [mixture[i] for i in range(epoch * N_RECORDS, (epoch + 1) * N_RECORDS)]
+        assert {s.epoch for s in samples} == {epoch}
+        assert len({s.record.uid for s in samples}) == N_RECORDS
+
+
+def test_a_task_that_no_record_serves_is_refused() -> None:
+    bare = [r.model_copy(update={"description": None}) for r in records()]
+    with pytest.raises(ManifestError, match=r"task 'think' needs records with a label and a desc"):
+        Mixture(bare, {"emotion": 0.5, "think": 0.5}, 4, seed=0)
+
+
+def test_v2_follows_the_papers_recipe() -> None:
+    stages = v2().stages
+    assert [s.n_steps for s in stages] == [50_000, 50_000]  # 100,000 in all, section 5.1
+    assert stages[0].tasks == {"emotion": 1.0}  # labels only, section 4.5
+    assert set(stages[1].tasks) == {"emotion", "think"}
+    for stage in stages:
+        optim = stage.optim
+        assert (optim.lr, optim.weight_decay, optim.warmup_steps) == (1e-4, 0.05, 1000)
+    lora = v2().model.lora
+    assert (lora.r, lora.alpha, lora.targets) == (64, 16, ("q_proj", "v_proj"))
+
+
+def test_schedule_is_linear_warm_up_then_one_cosine() -> None:
+    optim = v2().stages[0].optim
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=optim.lr)
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, optim.warmup_steps, 50_000, min_lr=optim.lr_min
+    )
+    rate = schedule.lr_lambdas[0]
+    for step, expected in (
+        (0, 0.0),
+        (500, 5e-5),
+        (1000, 1e-4),
+        (25_500, 1e-6 + (1e-4 - 1e-6) * 0.5),
+        (50_000, 1e-6),
+    ):
+        assert 1e-4 * rate(step) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    assert math.isclose(1e-4 * rate(13_250), 1e-6 + 99e-6 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_only_matrices_decay() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    decayed, kept = make_optimizer(module, v2().stages[0].optim).param_groups
+    assert [p.ndim for p in decayed["params"]] == [2]
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0.0)
+    assert len(kept["params"]) == 3
+
+
+# --------------------------------------------------------------------------- runs
+
+
+def trained_files(run: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for stage in ("stage1", "stage2"):
+        final = run / stage / "final"
+        for file in (
+            final / "fusion_adapters.safetensors",
+            final / "lora/adapter_model.safetensors",
+        ):
+            found |= {f"{stage}/{k}": v for k, v in load_file(file).items()}
+    return found
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(
+    corpus: tuple[Manifest, Path, TokenStore], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    manifest, path, store = corpus
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    seen: list[tuple[str, int]] = []
+    result = train(
+        short(), manifest, path, store, run, on_step=lambda s, i, n, latest: seen.append((s, i))
+    )
+    assert result.n_steps == 8
+    assert seen == [("stage1", i) for i in range(1, 5)] + [("stage2", i) for i in range(1, 5)]
+    return run
+
+
+def test_a_run_keeps_what_it_promises(uninterrupted: Path, specs: dict[str, TokenSpec]) -> None:
+    config = json.loads((uninterrupted / "config.json").read_text())
+    assert config["tokens"]["audio"]["encoder"]["weights_sha256"] == "ab" * 32
+    rows = [json.loads(x) for x in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["step"]) for r in rows] == [
+        (s, i) for s in ("stage1", "stage2") for i in range(1, 5)
+    ]
+    assert all(math.isfinite(r["loss"]) and r["samples_per_s"] > 0 for r in rows)
+    assert list((uninterrupted / "tensorboard" / "stage1").glob("events.*"))
+    files = [p for p in uninterrupted.rglob("*") if p.suffix in (".bin", ".pkl")]
+    assert not files, "weights are safetensors"
+    assert (uninterrupted / "stage1" / "checkpoint-4" / "fusion_adapters.safetensors").is_file()
+
+
+def test_stage_two_starts_where_stage_one_ended(uninterrupted: Path) -> None:
+    tensors = trained_files(uninterrupted)
+    moved = [
+        (tensors[f"stage2/{k}"] - tensors[f"stage1/{k}"]).norm() / tensors[f"stage1/{k}"].norm()
+        for k in (name.removeprefix("stage1/") for name in tensors if name.startswith("stage1/"))
+        if k.startswith("adapters.") and k.endswith("weight")
+    ]
+    assert all(0 < m < 0.5 for m in moved)
+
+
+def test_peft_opens_the_lora(uninterrupted: Path) -> None:
+    llm = AutoModelForCausalLM.from_pretrained(llm_path(demo().model.llm))
+    folder = uninterrupted / "stage2" / "final" / "lora"
+    opened = PeftModel.from_pretrained(llm, folder)
+    ours = load_run(uninterrupted).model.llm.state_dict()
+    theirs = opened.state_dict()
+    names = [n for n in theirs if "lora_" in n]
+    assert len(names) == 16
+    for name in names:
+        torch.testing.assert_close(theirs[name], ours[name])
+
+
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(
+    uninterrupted: Path, corpus: tuple[Manifest, Path, TokenStore], tmp_path: Path
+) -> None:
+    """Stopped at a checkpoint in each stage, as a walltime does it."""
+    manifest, path, store = corpus
+
+    class Killed(Exception):
+        pass
+
+    def kill_at(stage: str, step: int):  # type: ignore[no-untyped-def]
+        def on_step(s: str, i: int, n: int, latest: dict[str, float]) -> None:
+            if (s, i) == (stage, step):
+                raise Killed
+
+        return on_step
+
+    run = tmp_path / "run"
+    for stage in ("stage1", "stage2"):
+        with pytest.raises(Killed):
+            train(short(), manifest, path, store, run, on_step=kill_at(stage, 4))
+    result = train(short(), manifest, path, store, run)
+    assert result.n_steps > 0
+    whole, resumed = trained_files(uninterrupted), trained_files(run)
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+    for a, b in zip(
+        (uninterrupted / "metrics.jsonl").read_text().splitlines(),
+        (run / "metrics.jsonl").read_text().splitlines(),
+        strict=True,
+    ):
+        assert json.loads(a)["loss"] == json.loads(b)["loss"]
+    assert train(short(), manifest, path, store, run).n_steps == 0
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(
+    uninterrupted: Path, corpus: tuple[Manifest, Path, TokenStore], tmp_path: Path
+) -> None:
+    _, path, store = corpus
+    run = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "emocache", "train", "demo", "--manifest", str(path),
+        "--store", str(store.layout.root), "--out", str(run), *SHORT, "stages.0.n_steps=400",
+        "save_every_steps=1000",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130, shown
+    assert "the state is saved. Run the same command again to continue." in shown
+    assert "Traceback" not in shown
+    (saved,) = (run / "stage1").glob("checkpoint-*")
+    step = int(saved.name.rpartition("-")[2])
+    assert step < 400
+    rows = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == step
+
+
+def test_a_run_of_another_configuration_is_refused(
+    uninterrupted: Path, corpus: tuple[Manifest, Path, TokenStore]
+) -> None:
+    manifest, path, store = corpus
+    with pytest.raises(CheckpointError, match=r"another configuration .seed: 7 wanted, 42 stored"):
+        train(short("seed=7"), manifest, path, store, uninterrupted)
+
+
+def test_missing_keys_are_named(uninterrupted: Path, tmp_path: Path) -> None:
+    model, _ = build(demo())
+    source = uninterrupted / "stage1" / "final"
+    (tmp_path / "lora").mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / "lora" / name).write_bytes((source / "lora" / name).read_bytes())
+    tensors = load_file(source / "fusion_adapters.safetensors")
+    del tensors["adapters.maps.audio.weight"]
+    tensors["adapters.maps.smell.weight"] = torch.zeros(1)
+    save_file(tensors, tmp_path / "fusion_adapters.safetensors")
+    with pytest.raises(
+        CheckpointError,
+        match=r"1 keys missing, first: adapters.maps.audio.weight; 1 keys unexpected, .*smell",
+    ):
+        load_trained(model, tmp_path)
+    (tmp_path / "fusion_adapters.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"damaged"):
+        load_trained(model, tmp_path)
+    (tmp_path / "fusion_adapters.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no such checkpoint file"):
+        load_trained(model, tmp_path)
+
+
+def test_a_diverged_loss_stops_by_name(
+    corpus: tuple[Manifest, Path, TokenStore], tmp_path: Path
+) -> None:
+    manifest, path, store = corpus
+    wild = short("stages.0.optim.lr=1e30", "stages.0.optim.warmup_steps=0", "stages.0.n_steps=20")
+    with pytest.raises(SpecMismatchError, match=r"the loss became .* Lower the learning rate"):
+        train(wild, manifest, path, store, tmp_path / "run")
+
+
+def test_training_needs_no_decoder_and_no_encoder(
+    corpus: tuple[Manifest, Path, TokenStore], tmp_path: Path
+) -> None:
+    """A training-only install: our own packages but extract, and no encoder library at all."""
+    _, path, store = corpus
+    absent = (
+        "decord",
+        "whisper",
+        "openai_whisper",
+        "timm",
+        "av",
+        "torchvision",
+        "emocache",
+        "__editable",
+    )
+    site = tmp_path / "site"
+    site.mkdir()
+    for installed in Path(torch.__file__).parents[1].iterdir():
+        name = installed.name.lower()
+        if not any(name == a or name.startswith((f"{a}-", f"{a}.", f"{a}_")) for a in absent):
+            (site / installed.name).symlink_to(installed)
+    for ours in ("cache", "train", "eval", "emocache.py"):
+        (site / ours).symlink_to(ROOT / ours)
+    for info in Path(torch.__file__).parents[1].glob("emocache-*"):
+        (site / info.name).symlink_to(info)
+    script = f"""
+import importlib.util, sys
+sys.path.insert(0, {str(site)!r})
+for name in ("decord", "whisper", "timm", "av", "torchvision", "extract"):
+    assert importlib.util.find_spec(name) is None, name
+import emocache
+assert emocache.__file__.startswith({str(site)!r})
+sys.exit(emocache.main(["train", "demo", "--manifest", {str(path)!r}, "--store",
+    {str(store.layout.root)!r}, "--out", {str(tmp_path / "run")!r}, *{SHORT!r}]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-S", "-E", "-c", script], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "stage2" / "final" / "lora").is_dir()
+
+
+def test_the_train_extra_names_no_encoder_library() -> None:
+    wanted = metadata.requires("emocache") or []
+    in_train = {r.split(">")[0].strip() for r in wanted if 'extra == "train"' in r}
+    assert {"torch", "transformers", "peft"} <= in_train
+    assert not in_train & {"decord", "openai-whisper", "timm", "av"}
+
+
+# --------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.0.n_stepz=5", r"stages.0 has no 'n_stepz'.*Did you mean 'n_steps'"),
+        ("stages.2.n_steps=5", r"stages is a list of 2; use 0 to 1"),
+        ("seed.x=5", r"seed is a single value"),
+        ("n_steps", r"override 'n_steps' is not key=value"),
+        ("seed=many", r"'seed'.*got 'many'"),
+        ("views.audio.n_tokens=32", r"n_tokens is 32, but views.video gives 16"),
+        ("stages.0.tasks.emotoin=1", r"'stages.0.tasks.emotoin.*\[key\]'|emotoin"),
+        ("model.lora.dropout=1.5", r"'model.lora.dropout'.*got 1.5"),
+        ("data.absent=maks", r"'data.absent'.*Did you mean 'mask'"),
+    ],
+)
+def test_bad_overrides_are_refused_by_name(override: str, message: str) -> None:
+    with pytest.raises(SchemaError, match=message):
+        configure(demo(), [override])
+
+
+def test_precedence_is_preset_then_file_then_override(tmp_path: Path) -> None:
+    path = tmp_path / "more.yaml"
+    path.write_text("seed: 1\nlog_every_steps: 7\n")
+    merged = configure(demo(), ["seed=2"], path)
+    assert (merged.seed, merged.log_every_steps) == (2, 7)
+    path.write_text("sead: 1\n")
+    with pytest.raises(SchemaError, match=r"unknown key 'sead'.*Did you mean 'seed'"):
+        configure(demo(), [], path)
+    assert configure(demo(), ["stages.0.optim.lr=1e-5"]).stages[0].optim.lr == 1e-5
+
+
+def test_a_runs_own_configuration_is_accepted_back(uninterrupted: Path) -> None:
+    again = configure(demo(), [], uninterrupted / "config.json")
+    assert again == Preset.model_validate_json((uninterrupted / "config.json").read_text())
+
+
+def test_an_unknown_preset_names_the_near_miss() -> None:
+    with pytest.raises(SchemaError, match=r"unknown preset 'dmeo'\. Did you mean 'demo'\?"):
+        preset("dmeo")
+
+
+def test_prefix_positions_are_derived_from_the_views() -> None:
+    layout = configure(demo(), ["views.audio.n_tokens=4", "views.video.n_frames=1"]).layout()
+    assert layout.blocks == (("fusion", 4), ("image", 36), ("video", 4), ("audio", 4))
+    assert np.arange(layout.total)[layout.slice("video")].tolist() == [40, 41, 42, 43]
