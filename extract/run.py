@@ -6,8 +6,11 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from cache.clip import Record, file_sha256, media_path
 from cache.commit import ClipTokens, Status
@@ -73,7 +76,10 @@ def extract(
             media_path(media_root, record)
     for spec in dict.fromkeys(s for unit in plan.units for s in unit.specs):
         store.check_probe(spec, bank.probe(spec))
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as pool:
+    with (
+        _a_core_for_decoding(),
+        ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as pool,
+    ):
         try:
             for unit in plan.units:
                 _extract_unit(unit, bank, store, media_root, pool, report, on_clip)
@@ -81,6 +87,17 @@ def extract(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return report
+
+
+@contextmanager
+def _a_core_for_decoding() -> Iterator[None]:
+    """Let torch use all cores but one: its threads spin, and slow down many times if one is taken."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _extract_unit(

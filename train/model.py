@@ -211,7 +211,9 @@ def load_llm(config: LlmConfig) -> tuple[Any, Any]:
         CheckpointError: No such folder, not a causal language model, or damaged weights.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     path = llm_path(config)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)

@@ -108,11 +108,11 @@ def demo() -> Preset:
             lora=LoraConfig(r=8, alpha=16, dropout=0.05),
         ),
         stages=(
-            StageConfig(name="stage1", tasks={"emotion": 1.0}, n_steps=120, optim=optim),
+            StageConfig(name="stage1", tasks={"emotion": 1.0}, n_steps=90, optim=optim),
             StageConfig(
                 name="stage2",
                 tasks={"emotion": 0.5, "think": 0.5},
-                n_steps=120,
+                n_steps=90,
                 optim=optim.model_copy(update={"lr": 1e-3}),
             ),
         ),

@@ -3,8 +3,8 @@
 A tiny EVA and a tiny Whisper, of the architectures and in the file layouts of the real ones, learn
 to read the continuous parameters of generated faces and voices. They see free combinations of
 those parameters and never an emotion, so towards the demo corpus they are what the real encoders
-are towards a real one: competent, general and frozen. A run takes a few minutes on two cores and
-is reproducible for a seed and the library versions noted in the files.
+are towards a real one: competent, general and frozen. A run takes about seven minutes
+on two free cores and is reproducible for a seed and the library versions noted in the files.
 """
 
 from __future__ import annotations

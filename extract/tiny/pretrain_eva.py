@@ -40,8 +40,8 @@ _BROWS, _EYES, _MOUTH = [0, 1, 2, 5, 6, 7], [3, 4, 8, 9], [10, 11, 12, 13]
 _PART_LANDMARKS = (_BROWS, _BROWS, _EYES, _MOUTH, _MOUTH)
 """Landmarks of the part that shows each of the first five parameters, those of expression."""
 
-_CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-_CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+_CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
+_CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
 
 def build_eva() -> Eva:
@@ -70,8 +70,8 @@ def to_pixels(frame: NDArray[np.uint8], size_px: int) -> Tensor:
         `(3, size_px, size_px)` float32.
     """
     resized = Image.fromarray(frame).resize((size_px, size_px), Image.Resampling.BICUBIC)
-    unit = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
-    return (unit - _CLIP_MEAN) / _CLIP_STD
+    unit = np.asarray(resized, dtype=np.float32) / np.float32(255)
+    return torch.from_numpy(((unit - _CLIP_MEAN) / _CLIP_STD).transpose(2, 0, 1))
 
 
 def eva_tokens(model: Eva, pixels: Tensor) -> list[Tensor]:
