@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cache.commit import ClipTokens, Status
 from cache.spec import TokenSpec
@@ -16,6 +17,9 @@ from extract.encoders.bank import EncoderBank
 from train.presets import demo
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# One thread per test process: tests run side by side, and torch's threads spin when cores are taken.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -1,0 +1,272 @@
+"""The command line as a user meets it: the whole path, exit codes, one clear line for bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import emocache
+from cache.manifest import read_manifest
+from eval.predictions import read_predictions
+from tests.media import write_clip
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Call the command line in this process; return its exit code, stdout and stderr."""
+    code = emocache.main([str(a) for a in arguments])
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep rich from wrapping what the tests look for, and from colouring it."""
+    for console in (emocache.out, emocache.err):
+        monkeypatch.setattr(console, "_width", 200)
+
+
+def test_help_shows_the_verbs_in_the_order_of_the_work_and_at_once() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "emocache", "--help"],
+        capture_output=True, text=True, cwd=ROOT, check=True,
+    )  # fmt: skip
+    places = [shown.stdout.index(f"│ {verb} ") for verb in emocache.VERBS]
+    assert places == sorted(places)
+    imported = {line.rpartition("|")[2].strip() for line in shown.stderr.splitlines()}
+    assert not imported & {"torch", "transformers", "zarr", "pyarrow", "av", "numpy"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("media") / "clips"
+    root.mkdir()
+    for seed in range(6):
+        write_clip(root / f"c{seed}.mp4", seed=seed)
+    (root / "broken.mp4").write_text("no media")
+    rows = [
+        {"file": f"c{i}.mp4", "label": ("happy", "sad")[i % 2], "split": "test" if i > 3 else "train",
+         "description": "A stamped picture and a tone.", "subtitle": "Hello."}
+        for i in range(6)
+    ]  # fmt: skip
+    rows.append(rows[0] | {"file": "broken.mp4"})
+    with (root.parent / "labels.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return root
+
+
+SHORT = [
+    "stages.0.n_steps=2", "stages.1.n_steps=2", "stages.0.optim.batch_size=2",
+    "stages.1.optim.batch_size=2", "log_every_steps=1",
+]  # fmt: skip
+
+
+def test_the_five_verbs_by_hand(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest, store, out = tmp_path / "m.parquet", tmp_path / "tokens", tmp_path / "run"
+    labels = folder.parent / "labels.csv"
+    code, shown, problems = run(capsys, "index", folder, "--out", manifest, "--labels", labels)
+    assert code == 1, "done, with a file that is not readable as media"
+    assert "7 records" in shown
+    assert "broken.mp4" in problems
+    given = ["--manifest", manifest, "--store", store]
+    code, shown, problems = run(capsys, "extract", "demo", *given)
+    assert code == 1, "done, with a failed clip"
+    assert "failed, audio, 1 clip" in problems
+    code, shown, _ = run(capsys, "extract", "demo", *given)
+    assert "nothing to do: all 7 clips are in" in shown
+    code, shown, _ = run(capsys, "store", "ls", store)
+    assert code == 0
+    for stream in ("audio", "video", "image"):
+        assert re.search(rf"{stream} .*6 .*0 .*1 ", shown)
+    code, shown, _ = run(capsys, "store", "show", store, "clips/c1", "--manifest", manifest)
+    assert code == 0
+    assert "16 x 4 x 96" in shown
+    assert "12..12 (0.48..0.48 s)" in shown
+    code, shown, _ = run(capsys, "store", "show", store, "audio")
+    assert '"kind": "whisper"' in shown
+    assert "whisper_tiny.pt" in shown
+
+    train = ["train", "demo", *given, "--out", out, *SHORT]
+    code, _, problems = run(capsys, *train)
+    assert code == 2
+    assert "clips/broken: audio, video, image is failed, and data.failed is 'refuse'" in problems
+    code, shown, _ = run(capsys, *train, "data.failed=drop")
+    assert code == 0, "the refusal left nothing behind that would be in the way"
+    assert "trained 4 steps" in shown
+    code, shown, _ = run(capsys, *train, "data.failed=drop")
+    assert "nothing to do" in shown
+    code, shown, _ = run(
+        capsys,
+        "evaluate",
+        out,
+        *given,
+        "--mask",
+        "audio",
+        "--max-new-tokens",
+        4,
+        "--task",
+        "emotion",
+    )
+    assert code == 0
+    folder_out = out / "eval-test-emotion"
+    predictions = read_predictions(folder_out / "predictions.jsonl")
+    assert {(p.uid, p.masked) for p in predictions} == {
+        (uid, masked) for uid in ("clips/c4", "clips/c5") for masked in ((), ("audio",))
+    }
+    scores = json.loads((folder_out / "scores.json").read_text())
+    assert set(scores) == {"all streams", "audio masked"}
+    assert scores["all streams"]["n_scored"] == 2
+    assert (folder_out / "report.html").stat().st_size > 10_000
+    assert str(folder_out / "report.html") in shown
+
+
+def test_show_prints_what_with_accepts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, shown, _ = run(capsys, "show", "v2", "seed=7")
+    assert code == 0
+    (tmp_path / "v2.json").write_text(shown)
+    code, again, _ = run(capsys, "show", "v2", "--with", tmp_path / "v2.json")
+    assert json.loads(again) == json.loads(shown)
+    assert json.loads(shown)["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "v3"], "unknown preset 'v3'"),
+        (["show", "demo", "seeed=1"], "Did you mean 'seed'?"),
+        (
+            ["extract", "demo", "--manifest", "none.parquet", "--store", "s"],
+            "no such manifest file",
+        ),
+        (["extract", "demo", "--manifets", "m", "--store", "s"], "--manifest"),
+        (["store", "ls", "none"], "no such store"),
+        (["evaluate", "none", "--manifest", "none", "--store", "s"], "no such manifest file"),
+        (["index", "none", "--out", "m.parquet"], "none: does not exist"),
+        (["idnex"], "index"),
+        (["evaluate"], "Missing argument 'RUN'"),
+    ],
+)
+def test_bad_input_gets_one_clear_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, shown, problems = run(capsys, *arguments)
+    assert code == 2
+    assert message in shown + problems
+    assert "Traceback" not in problems
+    assert not list(tmp_path.iterdir()), "nothing was made"
+
+
+def test_bad_tables_and_weights_get_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "m.parquet"
+    wrong = tmp_path / "labels.csv"
+    wrong.write_text("file,label\nc0.mp4,hapy\n")
+    code, _, problems = run(
+        capsys, "index", folder, "--out", manifest, "--labels", wrong, "--label-space", "happy,sad"
+    )
+    assert code == 2
+    assert "line 2: label 'hapy' is not in the label space" in problems
+    assert "Did you mean 'happy'?" in problems
+    assert not manifest.exists()
+    run(capsys, "index", folder, "--out", manifest)
+    given = ["extract", "demo", "--manifest", manifest, "--store", tmp_path / "s"]
+    for weights, message in (
+        ("eva", "is not NAME=PATH"),
+        ("eva=missing.pth", "no such checkpoint file"),
+        (f"eva={wrong}", "not a readable checkpoint"),
+        (f"ears={wrong}", "--encoder-weights ears=...: unknown name"),
+    ):
+        code, _, problems = run(capsys, *given, "--encoder-weights", weights)
+        assert code == 2
+        assert message in problems
+
+
+def test_the_demo_runs_and_a_second_one_encodes_and_trains_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole demo at a twentieth of its size; docs/demo.md has the figures of the real one."""
+    arguments = ["demo", "--out", tmp_path / "d", "--n-clips", 24, *SHORT]
+    code, shown, _ = run(capsys, *arguments)
+    assert code == 0
+    assert "extracted 24 of 24 clips" in shown
+    for name in ("all streams", "audio masked", "picture masked"):
+        assert name in shown
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "d" / "store").rglob("*") if p.is_file()}
+    weights = (tmp_path / "d/run/stage2/final/fusion_adapters.safetensors").stat().st_mtime_ns
+    code, shown, _ = run(capsys, *arguments)
+    assert code == 0
+    assert "extracted 0 of 24 clips; 24 were in the store already" in shown
+    after = {p: p.stat().st_mtime_ns for p in (tmp_path / "d" / "store").rglob("*") if p.is_file()}
+    assert after == before
+    assert (
+        weights == (tmp_path / "d/run/stage2/final/fusion_adapters.safetensors").stat().st_mtime_ns
+    )
+    _readme_example(tmp_path)
+
+
+def _readme_example(folder: Path) -> None:
+    """The README's `python -c` line, as it is written, on the demo's store, without this project."""
+    (folder / "demo").symlink_to(folder / "d")
+    text = (ROOT / "README.md").read_text()
+    (command,) = re.findall(r'python -c "\n(import zarr.*?)"\n', text, flags=re.DOTALL)
+    store_text = (ROOT / "docs" / "store.md").read_text()
+    (example,) = re.findall(r"```python\n(import zarr.*?)```", store_text, flags=re.DOTALL)
+    digests = {r.clip.sha256 for r in read_manifest(folder / "d" / "corpus.parquet").records}
+    for code in (command, example):
+        shown = subprocess.run(
+            [sys.executable, "-W", "error", "-I", "-c", code],
+            capture_output=True, text=True, cwd=folder, check=True,
+        ).stdout.strip()  # fmt: skip
+        if code is command:
+            digest, _, shape = shown.partition(" ")
+            assert digest in digests
+            assert shape == "(16, 4, 96)"
+        else:
+            assert re.fullmatch(r"\(1\d\d|2\d\d, 64\)", shown) or shown.endswith(", 64)")
+
+
+def test_real_clips_travel_the_whole_path(
+    shared_clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The labels are made up: the files are test input, and nobody's emotion is judged."""
+    manifest, store, out = tmp_path / "m.parquet", tmp_path / "tokens", tmp_path / "run"
+    facts = [json.loads(x) for x in (shared_clips / "clips.jsonl").read_text().splitlines()]
+    labels = tmp_path / "labels.csv"
+    lines = [
+        f"{f['file']},{('up', 'down')[i % 2]},{'test' if i % 3 == 0 else 'train'},Clip {i}."
+        for i, f in enumerate(facts)
+    ]
+    labels.write_text("\n".join(["file,label,split,description", *lines]) + "\n")
+    given = ["--manifest", manifest, "--store", store]
+    for arguments in (
+        ["index", shared_clips, "--out", manifest, "--labels", labels],
+        ["extract", "demo", *given],
+        ["train", "demo", *given, "--out", out, *SHORT],
+        ["evaluate", out, *given, "--max-new-tokens", 4, "--mask", "picture"],
+        ["evaluate", out, *given, "--max-new-tokens", 4, "--task", "think"],
+    ):
+        code, shown, problems = run(capsys, *arguments)
+        assert code == 0, problems
+    assert "accuracy" in shown
+    masked = read_predictions(out / "eval-test-emotion" / "predictions.jsonl")
+    assert len(masked) == 2 * 9
+    assert len(read_predictions(out / "eval-test-think" / "predictions.jsonl")) == 9
