@@ -18,7 +18,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 from typer.core import TyperGroup
 
-from cache.errors import EmocacheError, MissingDependencyError, SchemaError
+from cache.errors import EmocacheError, SchemaError, StoppedError
 
 if TYPE_CHECKING:
     from cache.store import TokenStore
@@ -102,7 +102,7 @@ def _verb(function: Callable[..., int]) -> Callable[..., None]:
         try:
             code = function(*args, **kwargs)
         except EmocacheError as error:
-            stopped = type(error).__name__ == "Interrupted"
+            stopped = isinstance(error, StoppedError)
             err.print(f"[{'yellow' if stopped else 'red'}]emocache:[/] ", end="")
             err.print(str(error), markup=False, highlight=False, soft_wrap=True)
             code = INTERRUPTED if stopped else REFUSED
@@ -201,6 +201,7 @@ def extract_command(
     from extract.run import extract
 
     chosen = _configure(preset, overrides, with_file)
+    _check_device(device)
     records = read_manifest(manifest)
     weights = _encoder_weights(chosen, encoder_weights or [])
     bank = EncoderBank(chosen.tokens.all(), weights, device)
@@ -222,6 +223,21 @@ def _configure(preset: str, overrides: list[str] | None, with_file: Path | None)
     from train.presets import preset as preset_of
 
     return configure(preset_of(preset), overrides or [], with_file)
+
+
+def _check_device(name: str) -> None:
+    """Refuse a device that is misspelt or not there, before any work is done."""
+    import torch
+
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = "unknown"
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise SchemaError(
+            f"--device {name}: {'no CUDA device is available' if kind == 'cuda' else 'unknown device'}. "
+            "Allowed: cpu, and cuda or cuda:N on a machine with an NVIDIA GPU."
+        )
 
 
 def _encoder_weights(preset: Preset, given: Sequence[str]) -> dict[str, Path]:
@@ -439,6 +455,7 @@ def evaluate_command(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     manifest: ManifestOption,
     store: StoreOption,
+    overrides: Overrides = None,
     split: Annotated[str, typer.Option(help="Which records to score.")] = "test",
     task: Annotated[str, typer.Option(help="emotion, or think for reasoning too.")] = "emotion",
     mask: Annotated[
@@ -460,6 +477,7 @@ def evaluate_command(
     from eval.report import score_table
 
     records = read_manifest(manifest)
+    _check_device(device)
     n_records = len(records.select(split))
     with progress_bar(err, "evaluating", n_records * (1 + len(mask or [])), "replies") as bar:
         result = evaluate(
@@ -473,6 +491,7 @@ def evaluate_command(
             max_new_tokens=max_new_tokens,
             device=device,
             out=out_dir,
+            overrides=overrides or [],
             on_batch=bar.advance,
         )
     out.print(score_table(result.rows))
@@ -496,8 +515,6 @@ def demo_command(
     demo(out_dir, out, err, n_clips=n_clips, overrides=overrides or [])
     return DONE
 
-
-__all__ = ["MissingDependencyError", "app", "main", "run"]
 
 if __name__ == "__main__":
     run()

@@ -49,6 +49,10 @@ class PredictionError(EmocacheError, ValueError):
     """A predictions file does not fit its task: missing, duplicate or incomplete rows."""
 
 
+class StoppedError(EmocacheError):
+    """The user stopped the work; its state is saved and the same command continues it."""
+
+
 class MissingDependencyError(EmocacheError, ImportError):
     """A part of the project was used whose extra is not installed."""
 

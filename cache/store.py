@@ -2,63 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import shutil
-import uuid
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.array import Array
 
-from cache.commit import (
-    ClipTokens,
-    Commit,
-    Entry,
-    Index,
-    Status,
-    build_index,
-    read_commit,
-    read_index,
-    unit_id,
-    write_commit,
-)
-from cache.errors import (
-    CacheMissError,
-    CorruptTokensError,
-    SpecMismatchError,
-    StoreError,
-)
-from cache.files import create_once, fsync_file, fsync_folder, write_aside
-from cache.layout import (
-    CLIPS_PER_SHARD,
-    FORMAT_NAME,
-    FORMAT_VERSION,
-    ArrayPlan,
-    Layout,
-    arrays,
-    group_attributes,
-)
+from cache.commit import ClipTokens, Commit, Entry, Index, Status, build_index, read_index
+from cache.errors import CacheMissError, CorruptTokensError, SpecMismatchError, StoreError
+from cache.files import create_once
+from cache.layout import FORMAT_NAME, FORMAT_VERSION, Layout
 from cache.schema import Model, decode, decode_json
-from cache.spec import Stream, TokenSpec, describe_differences, differences
+from cache.spec import TokenSpec, describe_differences, differences
+from cache.writer import Floats, UnitWriter, crc32_of
 
 _PROBE_TOLERANCE = 2e-2
 """Largest relative difference of the golden probe: half precision and other devices pass, another
 weight, layer or normalisation does not (those differ by far more than a tenth)."""
 
 ZarrArray = Array[Any]
-Floats = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -255,7 +223,7 @@ class TokenStore:
             tokens = np.asarray(array[entry.row, : entry.valid_len])
         except (ValueError, OSError) as error:
             raise self._corrupt(spec, entry, uid, str(error)) from error
-        if _crc32(tokens) != entry.crc32:
+        if crc32_of(tokens) != entry.crc32:
             raise self._corrupt(spec, entry, uid, "CRC-32 differs from the commit record")
         return StoredTokens(tokens, entry)
 
@@ -301,10 +269,7 @@ class TokenStore:
     ) -> Commit:
         """Write a unit of clips and make it visible, all or nothing, once.
 
-        The steps: claim a shard number (create-once), write the shard and its small arrays, sync,
-        read back and compare, create the commit record. A kill before the last step leaves garbage
-        that no reader looks at. If another worker committed the same unit meanwhile, its commit is
-        returned and this attempt's files are removed.
+        If another worker committed the same unit meanwhile, its commit is returned.
 
         Args:
             spec: Must be resolved.
@@ -316,158 +281,12 @@ class TokenStore:
             CorruptTokensError: Tokens of another shape, or with NaN or infinity: nothing is written.
             StoreError: The disk is full or cannot be written: nothing becomes visible.
         """
-        _check_unit(spec, clips)
-        identity = unit_id(spec.spec_id, (c.key for c in clips), after)
-        commits = self.layout.commits(spec.spec_id)
-        known = commits / f"{identity}.json"
-        if known.is_file():
-            return read_commit(known)
-        shard: int | None = None
-        try:
-            self._ensure_group(spec)
-            shard = self._claim(spec)
-            self._grow(spec)
-            entries = self._write_shard(spec, shard, clips)
-            commit = Commit(
-                unit_id=identity,
-                spec_id=spec.spec_id,
-                shard=shard,
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                provenance=dict(provenance),
-                n_bytes=sum(p.stat().st_size for p in self._shard_files(spec, shard)),
-                clips=tuple(entries),
-            )
-            won = write_commit(commits, commit)
-        except OSError as error:
-            if shard is not None:
-                self._discard(spec, shard)
-            raise StoreError(
-                f"{self.layout.root}: cannot write ({error.strerror or error}). Nothing of this unit "
-                "became visible; free space or fix the permissions and run the same command again."
-            ) from error
-        if not won:
-            self._discard(spec, shard)
-            return read_commit(known)
-        self._remember(spec, commit)
-        return commit
-
-    def _remember(self, spec: TokenSpec, commit: Commit) -> None:
-        index = self._indexes.get(spec.spec_id)
-        if index is not None:
-            self._indexes[spec.spec_id] = build_index((*index.commits, commit))
-
-    def _ensure_group(self, spec: TokenSpec) -> None:
-        """Create a spec's group with empty arrays: whole, by renaming a finished folder."""
-        final = self.layout.group(spec)
-        if final.is_dir():
-            return
-        aside = self.layout.root / f".{final.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
-        try:
-            group = zarr.create_group(aside, zarr_format=3, attributes=group_attributes(spec))
-            for plan in arrays(spec):
-                _create_array(group, plan)
-            with contextlib.suppress(OSError):  # another worker was first: the folder is not empty
-                aside.rename(final)
-            if not final.is_dir():
-                raise StoreError(f"{final}: cannot be created; check the folder's permissions.")
-            fsync_folder(final.parent)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        commit = UnitWriter(self.layout, spec).commit(clips, provenance, after)
         self.__dict__.pop("specs", None)
-
-    def _claim(self, spec: TokenSpec) -> int:
-        """Take the next free shard number for this attempt alone."""
-        folder = self.layout.claims(spec.spec_id)
-        folder.mkdir(parents=True, exist_ok=True)
-        shard = self._n_claimed(spec)
-        while not create_once(folder / f"{shard:08d}", f"pid {os.getpid()}\n".encode()):
-            shard += 1
-        return shard
-
-    def _n_claimed(self, spec: TokenSpec) -> int:
-        names = [p.name for p in self.layout.claims(spec.spec_id).iterdir() if p.name.isdigit()]
-        return max(map(int, names), default=-1) + 1
-
-    def _grow(self, spec: TokenSpec) -> None:
-        """Make every array long enough for all claimed shards.
-
-        Array metadata is replaced as a whole, so two growing writers may overwrite one another.
-        Each therefore writes the length that all *claims* need and looks again afterwards: whoever
-        writes last leaves the greatest.
-        """
-        while True:
-            wanted = self._n_claimed(spec) * CLIPS_PER_SHARD
-            short = False
-            for plan in arrays(spec):
-                path = self.layout.group(spec) / plan.name / "zarr.json"
-                metadata = json.loads(path.read_bytes())
-                if metadata["shape"][0] < wanted:
-                    short = True
-                    metadata["shape"][0] = wanted
-                    with write_aside(path) as aside:
-                        aside.write_text(json.dumps(metadata, indent=2))
-            if not short:
-                return
-
-    def _write_shard(self, spec: TokenSpec, shard: int, clips: Sequence[ClipTokens]) -> list[Entry]:
-        dtype = np.dtype(spec.dtype)
-        start = shard * CLIPS_PER_SHARD
-        rows = slice(start, start + CLIPS_PER_SHARD)
-        block = np.zeros((CLIPS_PER_SHARD, *spec.max_shape), dtype)
-        small = {
-            p.name: np.full((CLIPS_PER_SHARD, *p.tail), p.fill, p.dtype)
-            for p in arrays(spec)
-            if not p.is_sharded
-        }
-        entries = []
-        for offset, clip in enumerate(clips):
-            valid_len, crc32 = 0, None
-            if clip.tokens is not None:
-                valid_len = len(clip.tokens)
-                block[offset, :valid_len] = clip.tokens
-                crc32 = _crc32(block[offset, :valid_len])
-                if spec.frames is not None:
-                    small["frame_index"][offset] = clip.frame_index
-                    small["frame_pts_s"][offset] = clip.frame_pts_s
-            small["valid_len"][offset] = valid_len
-            small["status"][offset] = clip.status.code
-            small["clip"][offset] = np.frombuffer(bytes.fromhex(clip.key), np.uint8)
-            entries.append(
-                Entry(
-                    key=clip.key,
-                    row=start + offset,
-                    status=clip.status,
-                    valid_len=valid_len,
-                    crc32=crc32,
-                    reason=clip.reason,
-                    truncated=clip.truncated,
-                )
-            )
-        group = zarr.open_group(self.layout.group(spec), mode="r+", zarr_format=3)
-        for name, values in {"tokens": block, **small}.items():
-            array = group[name]
-            assert isinstance(array, Array)
-            array[rows] = values
-        for path in self._shard_files(spec, shard):
-            fsync_file(path)
-            fsync_folder(path.parent)
-        read_back = np.asarray(self._array(spec, "tokens", rows=rows.stop)[rows])
-        if read_back.tobytes() != block.tobytes():
-            raise CorruptTokensError(
-                f"{self.layout.group(spec)}: shard {shard} reads back differently from what was "
-                "written; nothing was committed. Check the disk and run the command again."
-            )
-        return entries
-
-    def _shard_files(self, spec: TokenSpec, shard: int) -> list[Path]:
-        """Files of one unit that exist (an all-fill part of an array has none)."""
-        group = self.layout.group(spec)
-        files = [group / plan.name / plan.chunk_file(shard) for plan in arrays(spec)]
-        return [f for f in files if f.is_file()]
-
-    def _discard(self, spec: TokenSpec, shard: int) -> None:
-        for path in self._shard_files(spec, shard):
-            path.unlink(missing_ok=True)
+        index = self._indexes.get(spec.spec_id)
+        if index is not None and commit not in index.commits:
+            self._indexes[spec.spec_id] = build_index((*index.commits, commit))
+        return commit
 
     # ---------------------------------------------------------------- golden probe
 
@@ -500,66 +319,3 @@ class TokenStore:
                 f"{worst:.3g}, allowed {_PROBE_TOLERANCE}). A library or device changed its numbers. "
                 "Restore the versions that `emocache store show` prints, or use a new store."
             )
-
-    # ---------------------------------------------------------------- summaries
-
-    def streams(self) -> dict[Stream, list[TokenSpec]]:
-        """Stored specs by stream."""
-        found: dict[Stream, list[TokenSpec]] = {}
-        for spec in self.specs.values():
-            found.setdefault(spec.stream, []).append(spec)
-        return found
-
-
-def _create_array(group: zarr.Group, plan: ArrayPlan) -> None:
-    group.create_array(
-        plan.name,
-        shape=(0, *plan.tail),
-        dtype=plan.dtype,
-        chunks=plan.chunk,
-        shards=plan.shard,
-        serializer=BytesCodec(),
-        compressors=[Crc32cCodec()],
-        fill_value=plan.fill,
-        dimension_names=plan.dimensions,
-    )
-
-
-def _check_unit(spec: TokenSpec, clips: Sequence[ClipTokens]) -> None:
-    if not 0 < len(clips) <= CLIPS_PER_SHARD or len({c.key for c in clips}) != len(clips):
-        raise StoreError(
-            f"a unit holds 1 to {CLIPS_PER_SHARD} distinct clips, got {len(clips)} with "
-            f"{len({c.key for c in clips})} keys"
-        )
-    wanted = spec.max_shape
-    for clip in clips:
-        if (clip.tokens is not None) != (clip.status is Status.OK):
-            raise CorruptTokensError(f"{clip.key[:16]}: status {clip.status} and tokens disagree")
-        if clip.tokens is None:
-            continue
-        shape = clip.tokens.shape
-        ragged = spec.stream == "audio"
-        fits = shape[1:] == wanted[1:] and (
-            0 < shape[0] <= wanted[0] if ragged else shape[0] == wanted[0]
-        )
-        if not fits:
-            raise CorruptTokensError(
-                f"{clip.key[:16]}: {spec.stream} tokens of shape {shape}, the spec says "
-                f"{'up to ' if ragged else ''}{wanted}. The encoder does not fit the spec."
-            )
-        if not is_storable(clip.tokens, spec):
-            raise CorruptTokensError(
-                f"{clip.key[:16]}: {spec.stream} tokens hold NaN or infinity as {spec.dtype}. "
-                "Nothing was written; check the encoder's precision."
-            )
-
-
-def is_storable(tokens: Floats, spec: TokenSpec) -> bool:
-    """True if every value is finite in the spec's stored dtype."""
-    with np.errstate(over="ignore"):
-        return bool(np.isfinite(tokens.astype(spec.dtype, copy=False)).all())
-
-
-def _crc32(tokens: npt.NDArray[Any]) -> int:
-    little = np.ascontiguousarray(tokens, dtype=tokens.dtype.newbyteorder("<"))
-    return zlib.crc32(little.data)

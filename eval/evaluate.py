@@ -66,6 +66,7 @@ def evaluate(
     max_new_tokens: int = 200,
     device: str = "cpu",
     out: Path | None = None,
+    overrides: Sequence[str] = (),
     on_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Generate, parse, score, report.
@@ -81,6 +82,7 @@ def evaluate(
         max_new_tokens: Longest reply.
         device: Torch device.
         out: Output folder; default `RUN/eval-SPLIT-TASK`.
+        overrides: `key=value` settings that differ from the run's, for example `data.failed=drop`.
         on_batch: Called with the number of replies done.
 
     Raises:
@@ -90,7 +92,7 @@ def evaluate(
     """
     check_task(task)
     conditions = [("all streams", ()), *((f"{name} masked", mask_streams(name)) for name in masks)]
-    trained = load_run(run, device)
+    trained = load_run(run, device, overrides)
     reader = ViewReader(store, trained.preset)
     chosen = manifest.select(split)
     records = [r for r in usable(chosen, reader, trained.preset.data) if r.label is not None]

@@ -13,7 +13,7 @@ from cache.store import TokenStore
 from eval.parse import parse_reply
 from eval.predictions import Prediction
 from train.checkpoint import RunInfo, load_trained, read_run
-from train.config import Preset
+from train.config import Preset, configure
 from train.data import Item, Renderer, ViewReader, collate
 from train.model import EmotionLlama, build
 
@@ -28,13 +28,20 @@ class TrainedRun:
     tokenizer: Any
 
 
-def load_run(run: Path, device: str = "cpu") -> TrainedRun:
+def load_run(run: Path, device: str = "cpu", overrides: Sequence[str] = ()) -> TrainedRun:
     """Load the model of a run's last finished stage.
 
+    Args:
+        run: A folder that `train` finished.
+        device: Torch device.
+        overrides: `key=value` settings that differ from the run's, for example `data.failed=drop`.
+
     Raises:
+        SchemaError: An unknown setting.
         CheckpointError: Not a run, no finished stage, or a checkpoint that does not fit.
     """
     preset, info = read_run(run)
+    preset = configure(preset, overrides)
     if not info.finished:
         raise CheckpointError(
             f"{run}: no stage is finished yet. Continue it with the same `emocache train` command."

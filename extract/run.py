@@ -16,7 +16,8 @@ from cache.clip import Record, file_sha256, media_path
 from cache.commit import ClipTokens, Status
 from cache.errors import MediaError
 from cache.spec import TokenSpec
-from cache.store import TokenStore, is_storable
+from cache.store import TokenStore
+from cache.writer import is_storable
 from extract.decode import Decoded, FrameRequest, decode
 from extract.encoders.bank import EncoderBank
 from extract.plan import Plan, Unit

@@ -16,7 +16,7 @@ import pytest
 import zarr
 
 from cache import commit as commit_module
-from cache import store as store_module
+from cache import writer as writer_module
 from cache.commit import ClipTokens, Status
 from cache.errors import (
     CacheMissError,
@@ -252,13 +252,13 @@ def test_shape_metadata_that_lost_a_race_hides_nothing(tmp_path: Path, specs: Sp
 
 # The steps of a commit, in order; the child is killed with SIGKILL as it enters each.
 STEPS = [
-    (store_module.TokenStore, "_ensure_group"),
-    (store_module.TokenStore, "_claim"),
-    (store_module.TokenStore, "_grow"),
-    (store_module.TokenStore, "_write_shard"),
-    (store_module, "fsync_file"),
-    (store_module.TokenStore, "_shard_files"),
-    (store_module, "write_commit"),
+    (writer_module.UnitWriter, "_ensure_group"),
+    (writer_module.UnitWriter, "_claim"),
+    (writer_module.UnitWriter, "_grow"),
+    (writer_module.UnitWriter, "_write_shard"),
+    (writer_module, "fsync_file"),
+    (writer_module.UnitWriter, "_shard_files"),
+    (writer_module, "write_commit"),
     (commit_module, "create_once"),
     (os, "link"),
 ]

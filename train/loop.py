@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from cache.errors import CheckpointError, EmocacheError, ManifestError, SpecMismatchError
+from cache.errors import CheckpointError, ManifestError, SpecMismatchError, StoppedError
 from cache.manifest import Manifest
 from cache.spec import describe_differences, differences
 from cache.store import TokenStore
@@ -40,10 +40,6 @@ logger = logging.getLogger(__name__)
 
 OnStep = Callable[[str, int, int, dict[str, float]], None]
 """Called as (stage, step, n_steps, latest logged numbers) after every optimizer step."""
-
-
-class Interrupted(EmocacheError):
-    """Training was stopped by Ctrl-C after its state was saved."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ def train(
         CheckpointError: The folder holds a run of another configuration.
         SpecMismatchError: The store does not hold what the preset asks for.
         CacheMissError: Clips of the training split were never extracted.
-        Interrupted: Ctrl-C; the state is saved.
+        StoppedError: Ctrl-C; the state is saved.
     """
     space = manifest.header.label_space
     if space is None:
@@ -159,7 +155,7 @@ def train_stage(
         Optimizer steps that this call ran.
 
     Raises:
-        Interrupted: Ctrl-C; the state is saved.
+        StoppedError: Ctrl-C; the state is saved.
     """
     folder = run / stage.name
     optim = stage.optim
@@ -200,7 +196,7 @@ def train_stage(
     with recorder.listening():
         trainer.train(resume_from_checkpoint=last)
     if recorder.interrupted:
-        raise Interrupted(
+        raise StoppedError(
             f"stopped at step {trainer.state.global_step} of {stage.n_steps} in {stage.name}; the "
             "state is saved. Run the same command again to continue."
         )

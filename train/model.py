@@ -213,7 +213,8 @@ def load_llm(config: LlmConfig) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+    quiet: Any = transformers_logging
+    quiet.disable_progress_bar()
     path = llm_path(config)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
