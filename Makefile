@@ -16,8 +16,9 @@ check: lint types layers
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"emocache needs Python 3.11 or newer; {sys.executable} is {v[0]}.{v[1]}. Set PYTHON=...")'
 	$(PYTHON) -m venv .venv
+	@echo 'Installing into .venv: about 6 GB with the CUDA libraries of torch, some minutes.'
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --progress-bar off --constraint constraints.txt --editable '.[all,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,test]'
 	touch $(INSTALLED)
 
 lint: $(INSTALLED)

@@ -302,18 +302,19 @@ def store_ls(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> int:
     from eval.report import human_size
 
     opened = TokenStore.open(store)
-    table = Table("stream", "spec", "encoder", "stored per clip", "ok", "absent", "failed", "size")
+    table = Table("stream", "encoder", "stored per clip", "ok", "absent", "failed", "size")
+    table.add_column("spec", no_wrap=True)
     for spec in opened.specs.values():
         index = opened.index(spec)
         counts = Counter(e.status for e in index.entries.values())
         shape = " x ".join(map(str, spec.max_shape))
         table.add_row(
             spec.stream,
-            spec.spec_id,
-            f"{spec.encoder.kind} {spec.encoder.width}",
-            f"{'up to ' if spec.stream == 'audio' else ''}{shape} {spec.dtype}",
+            spec.encoder.kind,
+            f"{'≤ ' if spec.stream == 'audio' else ''}{shape} {spec.dtype}",
             *(str(counts[s]) for s in (Status.OK, Status.ABSENT, Status.FAILED)),
             human_size(sum(c.n_bytes for c in index.commits)),
+            spec.spec_id,
         )
     out.print(table)
     if not opened.specs:

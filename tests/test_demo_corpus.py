@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cache.errors import SchemaError
+from extract.corpora import demo
 from extract.corpora.demo import (
     COLUMNS,
     EMOTIONS,
@@ -38,6 +39,7 @@ from extract.corpora.demo_sounds import (
     synthesise,
     voice_values,
 )
+from train.tiny import world
 
 N_CLIPS = 12
 
@@ -211,3 +213,14 @@ def test_loudness_and_pitch_are_as_asked() -> None:
     rms = np.sqrt(np.mean(sound.samples[sound.envelope > 0.3] ** 2))
     assert 20 * np.log10(rms) == pytest.approx(voice.loudness_db, abs=1)
     assert 2 ** sound.pitch.mean() == pytest.approx(256, rel=0.01)
+
+
+def test_the_corpus_and_the_tiny_language_model_speak_of_the_same_world() -> None:
+    """`extract` and `train` may not import each other; this ties their two copies together."""
+    assert [cue.sentence for cue in world.LOOKS] == list(demo.LOOK_SENTENCES.values())
+    assert [cue.sentence for cue in world.SOUNDS] == list(demo.SOUND_SENTENCES.values())
+    looks, sounds = list(demo.LOOK_SENTENCES), list(demo.SOUND_SENTENCES)
+    assert {
+        label: (looks.index(cue.look), sounds.index(cue.sound))
+        for label, cue in demo.EMOTIONS.items()
+    } == world.EMOTIONS

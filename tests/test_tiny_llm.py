@@ -19,6 +19,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from train.prompt import HEAD, RenderedPrompt, load_instructions, render, tokenize  # noqa: E402
 from train.tiny import pretrain as tiny  # noqa: E402
+from train.tiny import world  # noqa: E402
 
 FOLDER = Path(tiny.__file__).with_name("llm")
 FILES = {
@@ -40,7 +41,7 @@ def model() -> Any:
     return transformers.LlamaForCausalLM.from_pretrained(FOLDER).eval()
 
 
-def reply(model: Any, tokenizer: Any, chat: tiny.Chat, evidence: list[int]) -> str:
+def reply(model: Any, tokenizer: Any, chat: world.Chat, evidence: list[int]) -> str:
     tokens = chat.tokens(tokenizer, with_answer=False)
     ids = torch.tensor([[*tokens.head_ids, *evidence, *tokens.tail_ids]])
     out = model.generate(
@@ -49,11 +50,11 @@ def reply(model: Any, tokenizer: Any, chat: tiny.Chat, evidence: list[int]) -> s
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
-def held_out(task: str, n_chats: int, *, n_cues: int = 2) -> list[tiny.Chat]:
+def held_out(task: str, n_chats: int, *, n_cues: int = 2) -> list[world.Chat]:
     """Draw chats from a seed that no training run uses, with the six plain labels."""
     rng = random.Random("held out")
-    drawn = (tiny.draw_chat(rng, p_one_cue=0.0 if n_cues == 2 else 1.0) for _ in iter(int, 1))
-    fitting = (c for c in drawn if c.task == task and set(c.options) == set(tiny.EMOTIONS))
+    drawn = (world.draw_chat(rng, p_one_cue=0.0 if n_cues == 2 else 1.0) for _ in iter(int, 1))
+    fitting = (c for c in drawn if c.task == task and set(c.options) == set(world.EMOTIONS))
     return list(islice(fitting, n_chats))
 
 
@@ -163,7 +164,7 @@ def test_one_cue_leaves_two_emotions(model: Any, tokenizer: Any) -> None:
         said = reply(model, tokenizer, chat, sampler.evidence(chat, 60))
         possible = {
             name
-            for name, (look, sound) in tiny.EMOTIONS.items()
+            for name, (look, sound) in world.EMOTIONS.items()
             if chat.look in (None, look) and chat.sound in (None, sound)
         }
         assert len(possible) == 2
@@ -212,10 +213,10 @@ def test_lora_and_a_soft_prefix_learn_the_cues(tokenizer: Any) -> None:
     def step(n_samples: int) -> tuple[Any, float]:
         """Return loss and accuracy of a batch; all rows have equal length by construction."""
         rows, truth = [], []
-        options = rng.sample(list(tiny.EMOTIONS), 6)
+        options = rng.sample(list(world.EMOTIONS), 6)
         for _ in range(n_samples):
             label = rng.choice(options)
-            look, sound = tiny.EMOTIONS[label]
+            look, sound = world.EMOTIONS[label]
             code = torch.zeros(6)
             code[[look, 3 + sound]] = 1.0
             prefix = adapter(code + 0.2 * torch.randn(6)).view(16, 128)
