@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
 from typer.core import TyperGroup
 
 from cache.errors import EmocacheError, SchemaError, StoppedError
 
 if TYPE_CHECKING:
-    from cache.store import TokenStore
     from extract.run import ExtractReport
     from train.config import Preset
 
@@ -192,10 +190,12 @@ def extract_command(
     device: DeviceOption = "cpu",
 ) -> int:
     """Decode and encode every clip that the store does not hold yet."""
+    from cache.commit import Status
     from cache.manifest import media_root as root_of
     from cache.manifest import read_manifest
     from cache.store import TokenStore
     from eval.progress import progress_bar
+    from eval.tables import status_table
     from extract.encoders.bank import EncoderBank
     from extract.plan import make_plan
     from extract.run import extract
@@ -208,9 +208,14 @@ def extract_command(
     target = TokenStore.open_or_create(store)
     plan = make_plan(records.records, bank.specs, target, retry_failed=retry_failed)
     if not plan.units:
-        out.print(f"nothing to do: all {plan.n_clips} clips are in {store}", highlight=False)
-        _print_known(plan.known)
-        return FINDINGS if any(c["failed"] for c in _counts(plan.known)) else DONE
+        out.print(
+            f"nothing to do: all {plan.n_clips} clips are in {store}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        out.print(status_table(plan.known))
+        n_failed = sum(counts[Status.FAILED] for counts in plan.known.values())
+        return FINDINGS if n_failed else DONE
     root = media_root or root_of(records, manifest)
     with progress_bar(err, "extracting", plan.n_missing, "clips") as bar:
         report = extract(plan, bank, target, root, on_clip=bar.advance)
@@ -257,34 +262,19 @@ def _encoder_weights(preset: Preset, given: Sequence[str]) -> dict[str, Path]:
     return weights
 
 
-def _counts(known: Any) -> list[dict[str, int]]:
-    return [
-        {status.value: n for status, n in c.items()} | {"failed": c["failed"]}
-        for c in known.values()
-    ]
-
-
-def _print_known(known: Any) -> None:
-    for stream, counts in known.items():
-        text = ", ".join(f"{n} {status.value}" for status, n in sorted(counts.items()) if n)
-        out.print(f"  {stream}: {text}", highlight=False)
-
-
 def _print_extracted(report: ExtractReport, store: Path) -> None:
     from eval.report import human_size
+    from eval.tables import status_table
 
-    table = Table(
-        "stream", "ok", "absent", "failed", title=f"extracted to {store}", title_justify="left"
-    )
-    for stream, counts in report.encoded.items():
-        table.add_row(stream, *(str(counts[s]) for s in ("ok", "absent", "failed")))  # type: ignore[index]
-    out.print(table)
-    out.print(f"{report.n_units} units, {human_size(report.n_bytes)} written", highlight=False)
+    out.print(status_table(report.encoded))
+    written = f"{report.n_units} units, {human_size(report.n_bytes)} written to {store}"
+    out.print(written, highlight=False, soft_wrap=True)
     if report.truncated:
         out.print(
             f"{len(report.truncated)} clips are longer than the audio encoder's window, only their "
             f"beginning was encoded: {', '.join(report.truncated[:5])}",
             highlight=False,
+            soft_wrap=True,
         )
     by_reason = Counter((stream, reason) for _, stream, reason in report.failures)
     for (stream, reason), n in by_reason.most_common(10):
@@ -297,26 +287,11 @@ def _print_extracted(report: ExtractReport, store: Path) -> None:
 @_verb
 def store_ls(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> int:
     """List the specs in a store, their clips and sizes."""
-    from cache.commit import Status
     from cache.store import TokenStore
-    from eval.report import human_size
+    from eval.tables import store_table
 
     opened = TokenStore.open(store)
-    table = Table("stream", "encoder", "stored per clip", "ok", "absent", "failed", "size")
-    table.add_column("spec", no_wrap=True)
-    for spec in opened.specs.values():
-        index = opened.index(spec)
-        counts = Counter(e.status for e in index.entries.values())
-        shape = " x ".join(map(str, spec.max_shape))
-        table.add_row(
-            spec.stream,
-            spec.encoder.kind,
-            f"{'≤ ' if spec.stream == 'audio' else ''}{shape} {spec.dtype}",
-            *(str(counts[s]) for s in (Status.OK, Status.ABSENT, Status.FAILED)),
-            human_size(sum(c.n_bytes for c in index.commits)),
-            spec.spec_id,
-        )
-    out.print(table)
+    out.print(store_table(opened))
     if not opened.specs:
         out.print("the store is empty", highlight=False)
     return DONE
@@ -338,8 +313,10 @@ def store_show(
     ] = None,
 ) -> int:
     """Show a spec in full, or one clip's tokens, status and provenance."""
+    from cache.errors import CacheMissError
     from cache.manifest import read_manifest
     from cache.store import TokenStore
+    from eval.tables import clip_table
 
     opened = TokenStore.open(store)
     chosen = [s for s in opened.specs.values() if what in (None, s.spec_id, s.stream)]
@@ -358,42 +335,16 @@ def store_show(
     if manifest is not None:
         found = [r for r in read_manifest(manifest).records if r.uid == what]
         keys |= {r.token_key(s) for r in found for s in opened.specs.values()}
-    if not _print_clip(opened, keys, what):
-        from cache.errors import CacheMissError
-
+    table, provenance = clip_table(opened, keys)
+    if not provenance:
         raise CacheMissError(
             f"{what!r}: neither a stored spec nor a clip of {store}. Give a spec_id from `emocache "
             "store ls`, a clip's SHA-256, or a uid together with --manifest."
         )
+    out.print(table)
+    for line in provenance:
+        out.print(line, highlight=False, soft_wrap=True)
     return DONE
-
-
-def _print_clip(store: TokenStore, keys: set[str], title: str) -> bool:
-    import numpy as np
-
-    from cache.commit import Status
-
-    table = Table("stream", "status", "tokens", "mean", "std", "frames", "made", title=title)
-    for spec in store.specs.values():
-        index = store.index(spec)
-        for key in sorted(keys & index.entries.keys()):
-            entry = index.entries[key]
-            row = [spec.stream, entry.status.value, entry.reason or "-", "", "", "", ""]
-            if entry.status is Status.OK:
-                tokens = store.read(spec, key).tokens.astype(np.float32)
-                indices, times = store.frame_times(spec, entry.row)
-                row[2] = " x ".join(map(str, tokens.shape)) + (
-                    " (truncated)" if entry.truncated else ""
-                )
-                row[3:5] = [f"{tokens.mean():.3f}", f"{tokens.std():.3f}"]
-                if indices:
-                    row[5] = f"{indices[0]}..{indices[-1]} ({times[0]:.2f}..{times[-1]:.2f} s)"
-            commit = next(c for c in index.commits if any(e is entry for e in c.clips))
-            row[6] = f"{commit.created}, {commit.provenance.get('checkpoint', '')}"
-            table.add_row(*row)
-    if table.row_count:
-        out.print(table)
-    return bool(table.row_count)
 
 
 @app.command("train")

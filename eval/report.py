@@ -213,10 +213,17 @@ def write_report(data: ReportData, out_dir: Path) -> tuple[Path, Path]:
 
 def score_table(rows: Sequence[ScoreRow]) -> Table:
     """Return the score table for a terminal: percent, one row per condition."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("condition", title="Scores in percent", title_justify="left")
+    table = Table(
+        "condition",
+        title="Scores in percent",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for column in ("accuracy", "weighted F1", "UAR", "scored", "off list", "empty"):
         table.add_column(column, justify="right")
     for row in rows:

@@ -15,7 +15,7 @@ import torch
 from cache.clip import Record, file_sha256, media_path
 from cache.commit import ClipTokens, Status
 from cache.errors import MediaError
-from cache.spec import TokenSpec
+from cache.spec import Stream, TokenSpec
 from cache.store import TokenStore
 from cache.writer import is_storable
 from extract.decode import Decoded, FrameRequest, decode
@@ -32,7 +32,7 @@ _DECODED_AHEAD = 4
 class ExtractReport:
     """What an extraction run did."""
 
-    encoded: dict[str, Counter[Status]] = field(default_factory=dict)
+    encoded: dict[Stream, Counter[Status]] = field(default_factory=dict)
     """Stream -> clips by status, of this run alone."""
     failures: list[tuple[str, str, str]] = field(default_factory=list)
     """(uid, stream, reason)."""

@@ -1,0 +1,87 @@
+"""Tables for the terminal: what a store holds, what an extraction did, what is known of a clip."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from cache.commit import Status
+from cache.spec import Stream, TokenSpec
+from cache.store import TokenStore
+from eval.report import human_size
+
+_STATUSES = (Status.OK, Status.ABSENT, Status.FAILED)
+_SHORT_DTYPE = {"float16": "f16", "float32": "f32"}
+
+
+def _table(*columns: str, numbers: Collection[str] = ()) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=True)
+    return table
+
+
+def status_table(counts: Mapping[Stream, Counter[Status]]) -> Table:
+    """Return clips by stream and status."""
+    numbers = [status.value for status in _STATUSES]
+    table = _table("stream", *numbers, numbers=numbers)
+    for stream, found in counts.items():
+        table.add_row(stream, *(f"{found[status]:,}" for status in _STATUSES))
+    return table
+
+
+def store_table(store: TokenStore) -> Table:
+    """Return the specs of a store, with their clips and sizes."""
+    numbers = ("ok", "absent", "failed", "size")
+    table = _table("stream", "spec", "per clip", *numbers, numbers=numbers)
+    for spec in sorted(store.specs.values(), key=lambda s: (s.stream, s.spec_id)):
+        index = store.index(spec)
+        counts = Counter(entry.status for entry in index.entries.values())
+        table.add_row(
+            spec.stream,
+            spec.spec_id,
+            shape_of(spec),
+            *(f"{counts[status]:,}" for status in _STATUSES),
+            human_size(sum(commit.n_bytes for commit in index.commits)),
+        )
+    return table
+
+
+def shape_of(spec: TokenSpec) -> str:
+    """Return the stored shape of a clip in words, for example `16x4x1408 f16`."""
+    upper = "≤" if spec.stream == "audio" else ""
+    return f"{upper}{'x'.join(map(str, spec.max_shape))} {_SHORT_DTYPE[spec.dtype]}"
+
+
+def clip_table(store: TokenStore, keys: Collection[str]) -> tuple[Table, list[str]]:
+    """Return one clip's tokens and status under every spec, and a line on how each was made.
+
+    The table is empty if no spec knows the clip.
+    """
+    table = _table("stream", "status", "tokens", "mean", "std", "frames", numbers=("mean", "std"))
+    table.columns[2].no_wrap = False  # the reason of a failure may be long
+    made = []
+    for spec in sorted(store.specs.values(), key=lambda s: (s.stream, s.spec_id)):
+        index = store.index(spec)
+        for key in sorted(set(keys) & index.entries.keys()):
+            entry = index.entries[key]
+            mean = std = frames = ""
+            tokens = entry.reason or "-"
+            if entry.status is Status.OK:
+                values = store.read(spec, key).tokens.astype(np.float32)
+                tokens = "x".join(map(str, values.shape)) + (" (cut)" if entry.truncated else "")
+                mean, std = f"{values.mean():.3f}", f"{values.std():.3f}"
+                indices, times = store.frame_times(spec, entry.row)
+                if len(indices) == 1:
+                    frames = f"{indices[0]} at {times[0]:.2f} s"
+                elif indices:
+                    frames = f"{indices[0]}-{indices[-1]}, {times[0]:.2f}-{times[-1]:.2f} s"
+            table.add_row(spec.stream, entry.status.value, tokens, mean, std, frames)
+            commit = next(c for c in index.commits if any(e is entry for e in c.clips))
+            versions = ", ".join(f"{k} {v}" for k, v in commit.provenance.items())
+            made.append(f"{spec.stream}: spec {spec.spec_id}, {commit.created}, {versions}")
+    return table, made
