@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
@@ -87,14 +87,34 @@ class Commit(Model):
         return sum(entry.status is status for entry in self.clips)
 
 
-@dataclass(frozen=True)
 class Index:
-    """All committed entries of one spec."""
+    """All committed entries of one spec.
 
-    entries: Mapping[str, Entry] = field(default_factory=dict)
-    commits: tuple[Commit, ...] = ()
-    superseded: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """Token key -> ids of the units that recorded it as failed."""
+    A clip may stand in several units: two runs that overlapped, or a retry. The first unit that
+    holds it with a final status counts; `failed` counts only while nothing better is known.
+    """
+
+    def __init__(self, commits: Iterable[Commit] = ()) -> None:
+        """Index commits in the given order."""
+        self.commits: list[Commit] = []
+        self.entries: dict[str, Entry] = {}
+        """Token key -> the entry that counts."""
+        self.superseded: dict[str, set[str]] = {}
+        """Token key -> ids of the units that recorded it as failed."""
+        for commit in commits:
+            self.add(commit)
+
+    def add(self, commit: Commit) -> None:
+        """Take in one more commit."""
+        self.commits.append(commit)
+        for entry in commit.clips:
+            if entry.status is Status.FAILED:
+                self.superseded.setdefault(entry.key, set()).add(commit.unit_id)
+            known = self.entries.get(entry.key)
+            if known is None or (
+                known.status is Status.FAILED and entry.status is not Status.FAILED
+            ):
+                self.entries[entry.key] = entry
 
 
 def unit_id(spec_id: str, keys: Iterable[str], after: Iterable[str] = ()) -> str:
@@ -126,28 +146,7 @@ def read_commit(path: Path) -> Commit:
 
 
 def read_index(folder: Path) -> Index:
-    """Read every commit record of a spec.
-
-    A clip may stand in several units: two runs that overlapped, or a retry. The first unit that
-    holds it with a final status counts; `failed` counts only while nothing better is known.
-    """
-    commits = (
-        tuple(read_commit(p) for p in sorted(folder.glob("*.json"))) if folder.is_dir() else ()
-    )
-    return build_index(commits)
-
-
-def build_index(commits: Sequence[Commit]) -> Index:
-    """Decide which entry of each clip counts; see `read_index`."""
-    entries: dict[str, Entry] = {}
-    failed: dict[str, set[str]] = {}
-    for commit in commits:
-        for entry in commit.clips:
-            if entry.status is Status.FAILED:
-                failed.setdefault(entry.key, set()).add(commit.unit_id)
-            known = entries.get(entry.key)
-            if known is None or (
-                known.status is Status.FAILED and entry.status is not Status.FAILED
-            ):
-                entries[entry.key] = entry
-    return Index(entries, tuple(commits), {k: frozenset(v) for k, v in failed.items()})
+    """Read every commit record of a spec, in the order of their names."""
+    if not folder.is_dir():
+        return Index()
+    return Index(read_commit(path) for path in sorted(folder.glob("*.json")))

@@ -14,7 +14,7 @@ import numpy as np
 import zarr
 from zarr.core.array import Array
 
-from cache.commit import ClipTokens, Commit, Entry, Index, Status, build_index, read_index
+from cache.commit import ClipTokens, Commit, Entry, Index, Status, read_index
 from cache.errors import CacheMissError, CorruptTokensError, SpecMismatchError, StoreError
 from cache.files import create_once
 from cache.layout import FORMAT_NAME, FORMAT_VERSION, Layout
@@ -284,8 +284,8 @@ class TokenStore:
         commit = UnitWriter(self.layout, spec).commit(clips, provenance, after)
         self.__dict__.pop("specs", None)
         index = self._indexes.get(spec.spec_id)
-        if index is not None and commit not in index.commits:
-            self._indexes[spec.spec_id] = build_index((*index.commits, commit))
+        if index is not None and all(c.unit_id != commit.unit_id for c in index.commits):
+            index.add(commit)
         return commit
 
     # ---------------------------------------------------------------- golden probe

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -238,6 +239,37 @@ def test_batched_replies_equal_single_ones() -> None:
             eos_token_id=2,
         )
         assert alone[0] == together[row]
+
+
+def test_replies_are_the_greedy_choice_of_the_training_forward() -> None:
+    """Generation and training agree on masks and positions: the likeliest next token, step by step."""
+    preset = demo()
+    model = _tiny(preset)
+    batch = _batch(preset, 2)
+    batch["masks"]["audio"][1] = False
+    batch["masks"]["image"][0, 5:] = False
+    replies = model.reply(**batch, max_new_tokens=5, eos_token_id=2)
+    for row in range(2):
+        one = {
+            "tokens": {k: v[row : row + 1] for k, v in batch["tokens"].items()},
+            "masks": {k: v[row : row + 1] for k, v in batch["masks"].items()},
+            "head_ids": batch["head_ids"],
+        }
+        text = batch["text_ids"][row : row + 1]
+        for expected in replies[row]:
+            mask = torch.ones_like(text, dtype=torch.bool)
+            # The loss of every possible next token; the greedy one has the least.
+            losses = []
+            for token in range(50):
+                longer = torch.cat([text, torch.tensor([[token]])], dim=1)
+                labels = torch.full_like(longer, -100)
+                labels[0, -1] = token
+                more = torch.cat([mask, torch.ones(1, 1, dtype=torch.bool)], dim=1)
+                with torch.no_grad():
+                    loss = model(**one, text_ids=longer, text_mask=more, labels=labels)["loss"]
+                losses.append(float(loss))
+            assert int(np.argmin(losses)) == expected
+            text = torch.cat([text, torch.tensor([[expected]])], dim=1)
 
 
 def test_only_the_trained_parts_get_gradients() -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -367,3 +368,42 @@ def test_a_full_disk_commits_nothing_and_loses_nothing(tmp_path: Path, specs: Sp
                 assert store.read(spec, clip.key).tokens.tobytes() == clip.tokens.tobytes()
     finally:
         subprocess.run(["umount", str(disk)], check=False)
+
+
+def test_a_store_written_by_hand_is_read(tmp_path: Path, specs: Specs) -> None:
+    """The seam from the other side: zarr and json alone, as docs/store.md says."""
+    spec, root = specs["audio"], tmp_path / "s"
+    (root / "commits" / spec.spec_id).mkdir(parents=True)
+    (root / "store.json").write_text('{"format": "emocache-store", "version": 1}')
+    group = zarr.open_group(root / "tokens.zarr", mode="w", zarr_format=3).create_group(
+        f"audio-{spec.spec_id}",
+        attributes={
+            "emocache": {"spec_id": spec.spec_id, "spec": json.loads(spec.model_dump_json())}
+        },
+    )
+    tokens = np.arange(3 * 64, dtype="<f2").reshape(3, 64)
+    array = group.create_array("tokens", shape=(2, 1500, 64), chunks=(1, 1500, 64), dtype="f2")
+    array[1, :3] = tokens
+    (root / "commits" / spec.spec_id / "u1.json").write_text(
+        json.dumps(
+            {
+                "schema_version": 1,
+                "unit_id": "u1",
+                "spec_id": spec.spec_id,
+                "shard": 0,
+                "created": "2026-11-20T12:00:00+00:00",
+                "provenance": {"torch": "2.15.0"},
+                "n_bytes": 4096,
+                "clips": [
+                    {"key": key_of("b"), "row": 0, "status": "failed", "valid_len": 0,
+                     "reason": "by hand"},
+                    {"key": key_of("a"), "row": 1, "status": "ok", "valid_len": 3,
+                     "crc32": zlib.crc32(tokens.tobytes())},
+                ],
+            }
+        )
+    )  # fmt: skip
+    store = TokenStore.open(root)
+    assert list(store.specs.values()) == [spec]
+    np.testing.assert_array_equal(store.read(spec, key_of("a")).tokens, tokens)
+    assert store.entry(spec, key_of("b")).reason == "by hand"

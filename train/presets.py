@@ -28,6 +28,26 @@ from train.config import (
 )
 
 
+def _tokens(whisper: WhisperEncoder, eva: EvaEncoder, *, video_px: int, image_px: int) -> Tokens:
+    """The paper's three streams: valid audio frames, 16 frames of 2x2, the middle frame whole."""
+    return Tokens(
+        audio=TokenSpec(stream="audio", encoder=whisper, sample_rate_hz=SAMPLE_RATE_HZ),
+        video=TokenSpec(
+            stream="video",
+            encoder=eva,
+            frames=Frames(kind="uniform", n_frames=16),
+            pixels=Pixels(size_px=video_px),
+            grid=2,
+        ),
+        image=TokenSpec(
+            stream="image",
+            encoder=eva,
+            frames=Frames(kind="middle"),
+            pixels=Pixels(size_px=image_px),
+        ),
+    )
+
+
 def v2() -> Preset:
     """Emotion-LLaMAv2, the paper read literally (sections 4.2 to 5.1)."""
     whisper = WhisperEncoder.model_validate(NAMED_ENCODERS["whisper-large-v3"])
@@ -35,22 +55,7 @@ def v2() -> Preset:
     optim = OptimConfig(lr=1e-4, lr_min=1e-6, warmup_steps=1000, weight_decay=0.05, batch_size=1)
     return Preset(
         name="v2",
-        tokens=Tokens(
-            audio=TokenSpec(stream="audio", encoder=whisper, sample_rate_hz=SAMPLE_RATE_HZ),
-            video=TokenSpec(
-                stream="video",
-                encoder=eva,
-                frames=Frames(kind="uniform", n_frames=16),
-                pixels=Pixels(size_px=224),
-                grid=2,
-            ),
-            image=TokenSpec(
-                stream="image",
-                encoder=eva,
-                frames=Frames(kind="middle"),
-                pixels=Pixels(size_px=448),
-            ),
-        ),
+        tokens=_tokens(whisper, eva, video_px=224, image_px=448),
         views=Views(
             audio=AudioView(n_tokens=64),
             video=VideoView(n_frames=16, grid=2),
@@ -81,22 +86,7 @@ def demo() -> Preset:
     )
     return Preset(
         name="demo",
-        tokens=Tokens(
-            audio=TokenSpec(stream="audio", encoder=whisper, sample_rate_hz=SAMPLE_RATE_HZ),
-            video=TokenSpec(
-                stream="video",
-                encoder=eva,
-                frames=Frames(kind="uniform", n_frames=16),
-                pixels=Pixels(size_px=112),
-                grid=2,
-            ),
-            image=TokenSpec(
-                stream="image",
-                encoder=eva,
-                frames=Frames(kind="middle"),
-                pixels=Pixels(size_px=168),
-            ),
-        ),
+        tokens=_tokens(whisper, eva, video_px=112, image_px=168),
         views=Views(
             audio=AudioView(n_tokens=16),
             video=VideoView(n_frames=4, grid=2),

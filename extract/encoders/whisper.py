@@ -120,42 +120,46 @@ def _canonical(name: str) -> str:
     return name.replace("layer_norm", "ln_post") if name.startswith("layer_norm") else name
 
 
+_FILE_DIMS = {
+    "n_mels": "n_mels",
+    "n_context": "n_audio_ctx",
+    "width": "n_audio_state",
+    "n_heads": "n_audio_head",
+    "n_layers": "n_audio_layer",
+}
+_FOLDER_DIMS = {
+    "n_mels": "num_mel_bins",
+    "n_context": "max_source_positions",
+    "width": "d_model",
+    "n_heads": "encoder_attention_heads",
+    "n_layers": "encoder_layers",
+}
+
+
 def _dims_of_file(checkpoint: Any, path: Path) -> dict[str, int]:
     if not isinstance(checkpoint, dict) or not {"dims", "model_state_dict"} <= checkpoint.keys():
         raise CheckpointError(
             f"{path}: not an openai-whisper checkpoint (needs 'dims' and 'model_state_dict'). "
             "Give a whisper .pt file or a transformers folder."
         )
-    dims = checkpoint["dims"]
-    names = {
-        "n_mels": "n_mels",
-        "n_context": "n_audio_ctx",
-        "width": "n_audio_state",
-        "n_heads": "n_audio_head",
-        "n_layers": "n_audio_layer",
-    }
-    missing = [theirs for theirs in names.values() if theirs not in dims]
-    if missing:
-        raise CheckpointError(f"{path}: 'dims' lacks {', '.join(missing)}")
-    return {ours: int(dims[theirs]) for ours, theirs in names.items()}
+    return _dims(checkpoint["dims"], _FILE_DIMS, f"{path}: 'dims'")
 
 
 def _dims_of_folder(config: dict[str, Any], path: Path) -> dict[str, int]:
     if config.get("model_type") != "whisper":
         raise CheckpointError(
-            f"{path}: model_type is {config.get('model_type')!r}, expected 'whisper'"
+            f"{path}: model_type is {config.get('model_type')!r}, expected 'whisper'. "
+            "Give the folder of a Whisper model."
         )
-    names = {
-        "n_mels": "num_mel_bins",
-        "n_context": "max_source_positions",
-        "width": "d_model",
-        "n_heads": "encoder_attention_heads",
-        "n_layers": "encoder_layers",
-    }
-    missing = [theirs for theirs in names.values() if theirs not in config]
+    return _dims(config, _FOLDER_DIMS, f"{path}: config.json")
+
+
+def _dims(found: Any, names: dict[str, str], where: str) -> dict[str, int]:
+    """Return the encoder's sizes under our names."""
+    missing = [theirs for theirs in names.values() if theirs not in found]
     if missing:
-        raise CheckpointError(f"{path}: config.json lacks {', '.join(missing)}")
-    return {ours: int(config[theirs]) for ours, theirs in names.items()}
+        raise CheckpointError(f"{where} lacks {', '.join(missing)}; the file is incomplete.")
+    return {ours: int(found[theirs]) for ours, theirs in names.items()}
 
 
 def _openai_module(spec: WhisperEncoder) -> torch.nn.Module:
