@@ -43,10 +43,9 @@ from extract.pictures import (
     too_long,
 )
 from extract.sampling import FrameKind, frame_indices
-from extract.sound import SAMPLE_RATE_HZ, AudioTrack, SoundReader
+from extract.sound import AudioTrack, SoundReader
 
 __all__ = [
-    "SAMPLE_RATE_HZ",
     "AudioTrack",
     "DecodeLimits",
     "Decoded",

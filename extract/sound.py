@@ -13,10 +13,8 @@ from av.audio.stream import AudioStream
 from av.error import FFmpegError
 from av.packet import Packet
 
+from cache.spec import SAMPLE_RATE_HZ
 from extract.media import DecodeLimits, words
-
-SAMPLE_RATE_HZ = 16_000
-"""What Whisper and HuBERT were trained on."""
 
 
 @dataclass(frozen=True)
