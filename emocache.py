@@ -114,6 +114,14 @@ def _verb(function: Callable[..., int]) -> Callable[..., None]:
                 soft_wrap=True,
             )
             code = REFUSED
+        except OSError as error:  # the file system refused: a full disk, a missing permission
+            where = f"{error.filename}: " if error.filename else ""
+            err.print(
+                f"emocache: {where}{error.strerror or error}. Check the path and its permissions.",
+                markup=False,
+                soft_wrap=True,
+            )
+            code = REFUSED
         except KeyboardInterrupt:
             err.print(
                 "emocache: interrupted. What was committed stays; run the same command to continue.",

@@ -174,6 +174,18 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(
     assert not list(tmp_path.iterdir()), "nothing was made"
 
 
+def test_a_place_that_cannot_be_written_gets_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    code, _, problems = run(capsys, "index", folder, "--out", tmp_path / "file" / "m.parquet")
+    assert code == 2
+    assert "file: File exists. Check the path" in problems
+    code, _, problems = run(capsys, "demo", "--out", tmp_path / "file")
+    assert code == 2
+    assert "Traceback" not in problems
+
+
 def test_bad_tables_and_weights_get_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -395,6 +395,16 @@ def test_a_run_of_another_configuration_is_refused(
         train(short("seed=7"), manifest, path, store, uninterrupted)
 
 
+def test_a_run_on_other_records_is_refused(
+    uninterrupted: Path, corpus: tuple[Manifest, Path, TokenStore]
+) -> None:
+    manifest, path, store = corpus
+    first = manifest.records[0].model_copy(update={"label": "sad"})
+    other = manifest.model_copy(update={"records": (first, *manifest.records[1:])})
+    with pytest.raises(CheckpointError, match=r"was trained on other records"):
+        train(short(), other, path, store, uninterrupted)
+
+
 def test_missing_keys_are_named(uninterrupted: Path, tmp_path: Path) -> None:
     model, _ = build(demo())
     source = uninterrupted / "stage1" / "final"

@@ -40,6 +40,8 @@ class RunInfo(Model):
     """UTC, ISO 8601."""
     manifest: str
     store: str
+    records_sha256: str
+    """Digest of the training records: uid, clip, label, subtitle, description of each."""
     label_space: LabelSpace
     versions: dict[str, str]
     """Library -> version."""

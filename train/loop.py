@@ -7,13 +7,14 @@ the trained parts only), and that Ctrl-C saves before it stops.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import signal
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -26,6 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from cache.clip import Record
 from cache.errors import CheckpointError, ManifestError, SpecMismatchError, StoppedError
 from cache.manifest import Manifest
 from cache.spec import describe_differences, differences
@@ -85,7 +87,8 @@ def train(
     reader = ViewReader(store, preset)
     preset = preset.model_copy(update={"tokens": reader.resolved})
     records = usable(manifest.select(preset.data.train_split), reader, preset.data)
-    previous = _continue(run, preset)
+    records_sha256 = _digest(records)
+    previous = _continue(run, preset, records_sha256)
     if previous is not None and len(previous.finished) == len(preset.stages):
         return TrainResult(run, previous, 0)
     model, tokenizer = build(preset)
@@ -95,6 +98,7 @@ def train(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         manifest=str(manifest_path),
         store=str(store.layout.root),
+        records_sha256=records_sha256,
         label_space=space,
         versions=versions(),
         trainable=model.trainable(),
@@ -127,8 +131,16 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in names}
 
 
-def _continue(run: Path, preset: Preset) -> RunInfo | None:
-    """Return what an existing run has finished; refuse a run of another configuration."""
+def _digest(records: Sequence[Record]) -> str:
+    """Return the SHA-256 of the training records: other records would be another run."""
+    sha = hashlib.sha256()
+    for record in records:
+        sha.update(record.model_dump_json().encode())
+    return sha.hexdigest()
+
+
+def _continue(run: Path, preset: Preset, records_sha256: str) -> RunInfo | None:
+    """Return what an existing run has finished; refuse another configuration or other records."""
     if not run.exists() or not any(run.iterdir()):
         return None
     known, info = read_run(run)
@@ -137,6 +149,11 @@ def _continue(run: Path, preset: Preset) -> RunInfo | None:
         raise CheckpointError(
             f"{run}: holds a run of another configuration ({describe_differences(fields)}). "
             "Give another --out, or the settings of that run."
+        )
+    if info.records_sha256 != records_sha256:
+        raise CheckpointError(
+            f"{run}: was trained on other records (manifest {info.manifest}, or the clips that the "
+            "store could serve). Give another --out, or that manifest and store."
         )
     return info
 

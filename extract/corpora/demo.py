@@ -229,7 +229,7 @@ def write_demo_corpus(
                 on_clip()
     if not csv_path.exists():
         write_text_aside(csv_path, _labels_csv(rows))
-    logger.info("Demo corpus of %d clips (seed %d) in %s", n_clips, seed, out_dir)
+    logger.debug("Demo corpus of %d clips (seed %d) in %s", n_clips, seed, out_dir)
     return csv_path
 
 
