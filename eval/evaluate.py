@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 from cache.commit import Status
-from cache.errors import ManifestError, SchemaError, near_miss
+from cache.errors import ManifestError, MissingDependencyError, SchemaError, near_miss
 from cache.files import write_text_aside
 from cache.manifest import Manifest
 from cache.spec import STREAMS
@@ -89,8 +90,10 @@ def evaluate(
         SchemaError: Unknown task or mask.
         ManifestError: No labelled record in the split.
         CheckpointError: Not a finished run.
+        MissingDependencyError: scikit-learn, matplotlib or jinja2 is not installed.
     """
     check_task(task)
+    _check_libraries()
     conditions = [("all streams", ()), *((f"{name} masked", mask_streams(name)) for name in masks)]
     trained = load_run(run, device, overrides)
     reader = ViewReader(store, trained.preset)
@@ -143,6 +146,15 @@ def evaluate(
     return Evaluation(
         out / "predictions.jsonl", out / "scores.json", html, markdown, tuple(rows), clips_per_s
     )
+
+
+def _check_libraries() -> None:
+    """Refuse before the model runs for an hour, not after."""
+    missing = [n for n in ("sklearn", "matplotlib", "jinja2") if find_spec(n) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"scores and reports need {', '.join(missing)}: pip install 'emocache[eval]'"
+        )
 
 
 def mask_streams(name: str) -> tuple[str, ...]:

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 import emocache
-from cache.manifest import read_manifest
+from cache.errors import CheckpointError, MissingDependencyError, SchemaError
+from cache.manifest import Header, Manifest, read_manifest
+from cache.store import TokenStore
+from eval import evaluate
 from eval.predictions import read_predictions
 from tests.media import write_clip
 
@@ -154,6 +157,10 @@ def test_show_prints_what_with_accepts(tmp_path: Path, capsys: pytest.CaptureFix
         (["extract", "demo", "--manifets", "m", "--store", "s"], "--manifest"),
         (["store", "ls", "none"], "no such store"),
         (["evaluate", "none", "--manifest", "none", "--store", "s"], "no such manifest file"),
+        (
+            ["extract", "demo", "--manifest", "m", "--store", "s", "--device", "gpu"],
+            "unknown device",
+        ),
         (["index", "none", "--out", "m.parquet"], "none: does not exist"),
         (["idnex"], "index"),
         (["evaluate"], "Missing argument 'RUN'"),
@@ -282,3 +289,19 @@ def test_real_clips_travel_the_whole_path(
     masked = read_predictions(out / "eval-test-emotion" / "predictions.jsonl")
     assert len(masked) == 2 * 9
     assert len(read_predictions(out / "eval-test-think" / "predictions.jsonl")) == 9
+
+
+def test_evaluation_refuses_before_the_model_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = Manifest(header=Header(media_root="."), records=())
+    store = TokenStore.open_or_create(tmp_path / "s")
+    with pytest.raises(SchemaError, match=r"unknown mask 'odio'. Did you mean 'audio'\?"):
+        evaluate.evaluate(tmp_path, manifest, store, split="test", masks=["odio"])
+    with pytest.raises(SchemaError, match=r"unknown task 'emotoin'"):
+        evaluate.evaluate(tmp_path, manifest, store, split="test", task="emotoin")
+    with pytest.raises(CheckpointError, match="not a run"):
+        evaluate.evaluate(tmp_path, manifest, store, split="test")
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"sklearn, matplotlib, jinja2: pip install"):
+        evaluate.evaluate(tmp_path, manifest, store, split="test")
