@@ -284,6 +284,10 @@ def _print_extracted(report: ExtractReport, store: Path) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    for uid, stream, remark in report.remarks[:5]:
+        err.print(f"damage passed over, {stream} of {uid}: {remark}", markup=False, soft_wrap=True)
+    if len(report.remarks) > 5:
+        err.print(f"damage passed over in {len(report.remarks) - 5} more streams", markup=False)
     by_reason = Counter((stream, reason) for _, stream, reason in report.failures)
     for (stream, reason), n in by_reason.most_common(10):
         err.print(

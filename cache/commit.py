@@ -44,6 +44,8 @@ class ClipTokens:
     """Audio (T, D), video (F, P, D), image (1 + P, D); None unless the status is ok."""
     reason: str | None = None
     """Why it failed; None otherwise."""
+    remark: str | None = None
+    """Damage in the media that decoding passed over although the stream is ok."""
     truncated: bool = False
     """The clip is longer than the encoder's window; only its beginning was encoded."""
     frame_index: tuple[int, ...] = ()
@@ -64,7 +66,11 @@ class Entry(Model):
     crc32: int | None = None
     """CRC-32 of the valid tokens' little-endian bytes; None unless the status is ok."""
     reason: str | None = None
+    """Why the stream failed."""
+    remark: str | None = None
+    """Damage that decoding passed over."""
     truncated: bool = False
+    """Only the beginning was encoded."""
 
 
 class Commit(Model):

@@ -49,6 +49,11 @@ class Layout:
         """Root of the Zarr hierarchy."""
         return self.root / "tokens.zarr"
 
+    @property
+    def own_names(self) -> frozenset[str]:
+        """Everything that a store's folder holds."""
+        return frozenset({self.marker.name, self.zarr.name, "commits", "claims", "probes"})
+
     def group_name(self, spec: TokenSpec) -> str:
         """Name of a spec's group in the Zarr hierarchy."""
         return f"{spec.stream}-{spec.spec_id}"

@@ -98,15 +98,18 @@ class TokenStore:
         try:
             root.mkdir(parents=True, exist_ok=True)
             if not layout.marker.is_file():
-                strangers = sorted(
-                    p.name for p in root.iterdir() if not p.name.endswith(".partial")
-                )
-                if strangers and set(strangers) != {layout.zarr.name}:
+                # Another worker may be creating the store right now: its names are ours too.
+                names = (p.name for p in root.iterdir() if not p.name.endswith(".partial"))
+                strangers = sorted(set(names) - layout.own_names)
+                if strangers:
                     raise StoreError(
                         f"{root}: not empty and not an emocache store (holds {strangers[0]!r}). "
                         "Give a new or empty folder; nothing was changed."
                     )
-                zarr.open_group(layout.zarr, mode="a", zarr_format=3)
+                # Not by zarr: two workers that create the store at once must both succeed.
+                layout.zarr.mkdir(exist_ok=True)
+                root_group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+                create_once(layout.zarr / "zarr.json", json.dumps(root_group).encode())
                 marker = {"format": FORMAT_NAME, "version": FORMAT_VERSION}
                 create_once(layout.marker, json.dumps(marker).encode())
         except (NotADirectoryError, FileExistsError):

@@ -165,6 +165,7 @@ class UnitWriter:
                     valid_len=valid_len,
                     crc32=crc32,
                     reason=clip.reason,
+                    remark=clip.remark,
                     truncated=clip.truncated,
                 )
             )

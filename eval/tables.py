@@ -83,5 +83,6 @@ def clip_table(store: TokenStore, keys: Collection[str]) -> tuple[Table, list[st
             table.add_row(spec.stream, entry.status.value, tokens, mean, std, frames)
             commit = next(c for c in index.commits if any(e is entry for e in c.clips))
             versions = ", ".join(f"{k} {v}" for k, v in commit.provenance.items())
-            made.append(f"{spec.stream}: spec {spec.spec_id}, {commit.created}, {versions}")
+            remark = f", damage passed over: {entry.remark}" if entry.remark else ""
+            made.append(f"{spec.stream}: spec {spec.spec_id}, {commit.created}, {versions}{remark}")
     return table, made

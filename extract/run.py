@@ -36,6 +36,8 @@ class ExtractReport:
     """Stream -> clips by status, of this run alone."""
     failures: list[tuple[str, str, str]] = field(default_factory=list)
     """(uid, stream, reason)."""
+    remarks: list[tuple[str, str, str]] = field(default_factory=list)
+    """(uid, stream, damage that decoding passed over)."""
     truncated: list[str] = field(default_factory=list)
     """Records whose audio is longer than the encoder's window."""
     n_units: int = 0
@@ -117,6 +119,8 @@ def _extract_unit(
             done[spec.stream].append(clip)
             if clip.status is Status.FAILED:
                 report.failures.append((record.uid, spec.stream, clip.reason or ""))
+            if clip.remark is not None:
+                report.remarks.append((record.uid, spec.stream, clip.remark))
             if clip.truncated:
                 report.truncated.append(record.uid)
         if on_clip is not None:

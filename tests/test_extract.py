@@ -27,7 +27,7 @@ from extract.index import index_folder
 from extract.plan import make_plan
 from extract.preprocess import pixels
 from extract.run import ExtractReport, extract
-from tests.media import write_clip
+from tests.media import sine, write, write_clip
 from train.presets import demo
 
 
@@ -174,6 +174,26 @@ def test_bad_files_fail_by_name_and_the_rest_goes_on(tmp_path: Path, bank: Encod
     assert again.count(Status.OK) == 3
     gone = next(r for r in manifest.records if r.media == "gone.mp4")
     assert statuses(TokenStore.open(tmp_path / "s"), bank.specs, gone) == ("ok",) * 3
+
+
+def test_damage_that_decoding_passed_over_is_on_record(tmp_path: Path, bank: EncoderBank) -> None:
+    root = tmp_path / "media"
+    root.mkdir()
+    sound = sine(300, 2.0, 44100, 2)
+    whole = write(root / "x.mpg", video="mpeg1video", n=50, audio="mp2", sound=sound).read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2 : len(whole) // 2 + 3000] = bytes(3000)
+    (root / "x.mpg").write_bytes(damaged)
+    manifest, _ = index_folder(root, tmp_path / "m.parquet")
+    store = TokenStore.open_or_create(tmp_path / "s")
+    report = do(manifest, bank, store, root)
+    assert not report.failures
+    assert report.remarks
+    uid, stream, remark = report.remarks[0]
+    spec = next(s for s in bank.specs if s.stream == stream)
+    entry = TokenStore.open(tmp_path / "s").entry(spec, manifest.records[0].clip.sha256)
+    assert (uid, entry.remark) == ("media/x", remark)
+    assert entry.status is Status.OK
 
 
 def test_a_path_that_leaves_the_root_stops_before_any_work(

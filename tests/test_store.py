@@ -407,3 +407,24 @@ def test_a_store_written_by_hand_is_read(tmp_path: Path, specs: Specs) -> None:
     assert list(store.specs.values()) == [spec]
     np.testing.assert_array_equal(store.read(spec, key_of("a")).tokens, tokens)
     assert store.entry(spec, key_of("b")).reason == "by hand"
+
+
+def _create(root: Path, barrier: object) -> None:
+    barrier.wait()  # type: ignore[attr-defined]
+    TokenStore.open_or_create(root)
+
+
+def test_workers_that_create_a_store_at_once_all_succeed(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for attempt in range(10):
+        barrier = context.Barrier(4)
+        workers = [
+            context.Process(target=_create, args=(tmp_path / str(attempt), barrier))
+            for _ in range(4)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(60)
+            assert worker.exitcode == 0
+        assert TokenStore.open(tmp_path / str(attempt)).specs == {}

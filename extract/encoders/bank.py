@@ -151,7 +151,7 @@ class EncoderBank:
             assert decoded.audio is not None
             tokens = encoder.encode([decoded.audio.waveform])[0]
             truncated = decoded.audio.duration_s > encoder.spec.window_s
-            return ClipTokens(key, Status.OK, tokens, truncated=truncated)
+            return ClipTokens(key, Status.OK, tokens, remark=outcome.reason, truncated=truncated)
         assert isinstance(encoder, FrozenEva)
         assert choice is not None
         if choice.failure is not None:
@@ -168,7 +168,12 @@ class EncoderBank:
             pooled, _ = VideoView(n_frames=n_frames, grid=spec.grid).apply(tokens[:, 1:])
             stored = pooled.reshape(n_frames, spec.grid**2, -1)
         return ClipTokens(
-            key, Status.OK, stored, frame_index=choice.indices, frame_pts_s=choice.pts_s
+            key,
+            Status.OK,
+            stored,
+            remark=outcome.reason,
+            frame_index=choice.indices,
+            frame_pts_s=choice.pts_s,
         )
 
     def provenance(self, spec: TokenSpec) -> dict[str, str]:
