@@ -63,8 +63,8 @@ class Entry(Model):
     status: Status
     valid_len: int = Field(ge=0)
     """Valid entries of the token axis; 0 unless the status is ok."""
-    crc32: int | None = None
-    """CRC-32 of the valid tokens' little-endian bytes; None unless the status is ok."""
+    crc32c: int | None = None
+    """CRC-32C of the valid tokens' little-endian bytes; None unless the status is ok."""
     reason: str | None = None
     """Why the stream failed."""
     remark: str | None = None

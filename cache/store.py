@@ -17,14 +17,18 @@ from zarr.core.array import Array
 from cache.commit import ClipTokens, Commit, Entry, Index, Status, read_index
 from cache.errors import CacheMissError, CorruptTokensError, SpecMismatchError, StoreError
 from cache.files import create_once
-from cache.layout import FORMAT_NAME, FORMAT_VERSION, Layout
+from cache.layout import CLIPS_PER_SHARD, FORMAT_NAME, FORMAT_VERSION, Layout, arrays
 from cache.schema import Model, decode, decode_json
+from cache.shards import Floats, Shard, can_read, crc32c
 from cache.spec import TokenSpec, describe_differences, differences
-from cache.writer import Floats, UnitWriter, crc32_of
+from cache.writer import UnitWriter
 
 _PROBE_TOLERANCE = 2e-2
 """Largest relative difference of the golden probe: half precision and other devices pass, another
 weight, layer or normalisation does not (those differ by far more than a tenth)."""
+
+_OPEN_SHARDS = 256
+"""Shards that stay open, each with a file and 16 bytes of index per chunk."""
 
 ZarrArray = Array[Any]
 
@@ -54,13 +58,21 @@ class TokenStore:
         self.layout = Layout(root)
         self._indexes: dict[str, Index] = {}
         self._arrays: dict[tuple[str, str], ZarrArray] = {}
+        self._shards: dict[tuple[str, int], Shard] = {}
+        self._is_plain: dict[str, bool] = {}
 
     def __repr__(self) -> str:
         return f"TokenStore({str(self.layout.root)!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open arrays behind: a spawned worker opens its own."""
-        return {"layout": self.layout, "_indexes": self._indexes, "_arrays": {}}
+        """Leave open arrays and files behind: a spawned worker opens its own."""
+        return {
+            "layout": self.layout,
+            "_indexes": self._indexes,
+            "_arrays": {},
+            "_shards": {},
+            "_is_plain": {},
+        }
 
     @classmethod
     def open(cls, root: Path) -> TokenStore:
@@ -141,6 +153,7 @@ class TokenStore:
         """Forget what was read; later calls see what others have committed since."""
         self._indexes.clear()
         self._arrays.clear()
+        self._shards.clear()
         self.__dict__.pop("specs", None)
 
     def index(self, spec: TokenSpec) -> Index:
@@ -222,13 +235,34 @@ class TokenStore:
                 "Mask the stream or leave the clip out."
             )
         try:
-            array = self._array(spec, "tokens", rows=entry.row + 1)
-            tokens = np.asarray(array[entry.row, : entry.valid_len])
-        except (ValueError, OSError) as error:
+            tokens = self._read_tokens(spec, entry)
+        except (ValueError, OSError, CorruptTokensError) as error:
             raise self._corrupt(spec, entry, uid, str(error)) from error
-        if crc32_of(tokens) != entry.crc32:
-            raise self._corrupt(spec, entry, uid, "CRC-32 differs from the commit record")
+        if crc32c(tokens) != entry.crc32c:
+            raise self._corrupt(spec, entry, uid, "CRC-32C differs from the commit record")
         return StoredTokens(tokens, entry)
+
+    def _read_tokens(self, spec: TokenSpec, entry: Entry) -> Floats:
+        """Read by byte range where the array has our layout, else through zarr-python."""
+        plan = arrays(spec)[0]
+        if spec.spec_id not in self._is_plain:
+            metadata = (self.layout.group(spec) / plan.name / "zarr.json").read_bytes()
+            self._is_plain[spec.spec_id] = can_read(json.loads(metadata), plan)
+        if not self._is_plain[spec.spec_id]:
+            return self.read_with_zarr(spec, entry)
+        number, place = divmod(entry.row, CLIPS_PER_SHARD)
+        shard = self._shards.pop((spec.spec_id, number), None)
+        if shard is None:
+            shard = Shard(self.layout.group(spec) / plan.name / plan.chunk_file(number), plan)
+            if len(self._shards) >= _OPEN_SHARDS:
+                self._shards.pop(next(iter(self._shards)))  # the one that was used longest ago
+        self._shards[spec.spec_id, number] = shard
+        return shard.read(place, entry.valid_len)
+
+    def read_with_zarr(self, spec: TokenSpec, entry: Entry) -> Floats:
+        """Read a clip's valid tokens through zarr-python: slower, for any layout."""
+        array = self._array(spec, "tokens", rows=entry.row + 1)
+        return np.asarray(array[entry.row, : entry.valid_len])
 
     def _corrupt(
         self, spec: TokenSpec, entry: Entry, uid: str | None, why: str

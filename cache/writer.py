@@ -7,14 +7,11 @@ import json
 import os
 import shutil
 import uuid
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
@@ -22,9 +19,8 @@ from cache.commit import ClipTokens, Commit, Entry, Status, read_commit, unit_id
 from cache.errors import CorruptTokensError, StoreError
 from cache.files import create_once, fsync_file, fsync_folder, write_aside
 from cache.layout import CLIPS_PER_SHARD, ArrayPlan, Layout, arrays, group_attributes
+from cache.shards import Floats, Shard, crc32c, write_shard
 from cache.spec import TokenSpec
-
-Floats = npt.NDArray[np.floating[Any]]
 
 
 class UnitWriter:
@@ -89,7 +85,7 @@ class UnitWriter:
         try:
             group = zarr.create_group(aside, zarr_format=3, attributes=group_attributes(self.spec))
             for plan in arrays(self.spec):
-                _create_array(group, plan)
+                create_array(group, plan)
             with contextlib.suppress(OSError):  # another worker was first: the folder is not empty
                 aside.rename(final)
             if not final.is_dir():
@@ -135,22 +131,19 @@ class UnitWriter:
                 return
 
     def _write_shard(self, shard: int, clips: Sequence[ClipTokens]) -> list[Entry]:
-        dtype = np.dtype(self.spec.dtype)
+        tokens_plan, *small_plans = arrays(self.spec)
         start = shard * CLIPS_PER_SHARD
         rows = slice(start, start + CLIPS_PER_SHARD)
-        block = np.zeros((CLIPS_PER_SHARD, *self.spec.max_shape), dtype)
-        small = {
-            p.name: np.full((CLIPS_PER_SHARD, *p.tail), p.fill, p.dtype)
-            for p in arrays(self.spec)
-            if not p.is_sharded
-        }
+        small = {p.name: np.full((CLIPS_PER_SHARD, *p.tail), p.fill, p.dtype) for p in small_plans}
+        stored = [
+            None if c.tokens is None else c.tokens.astype(self.spec.dtype, copy=False)
+            for c in clips
+        ]
         entries = []
-        for offset, clip in enumerate(clips):
-            valid_len, crc32 = 0, None
-            if clip.tokens is not None:
-                valid_len = len(clip.tokens)
-                block[offset, :valid_len] = clip.tokens
-                crc32 = crc32_of(block[offset, :valid_len])
+        for offset, (clip, tokens) in enumerate(zip(clips, stored, strict=True)):
+            valid_len, checksum = 0, None
+            if tokens is not None:
+                valid_len, checksum = len(tokens), crc32c(tokens)
                 if self.spec.frames is not None:
                     small["frame_index"][offset] = clip.frame_index
                     small["frame_pts_s"][offset] = clip.frame_pts_s
@@ -163,25 +156,34 @@ class UnitWriter:
                     row=start + offset,
                     status=clip.status,
                     valid_len=valid_len,
-                    crc32=crc32,
+                    crc32c=checksum,
                     reason=clip.reason,
                     remark=clip.remark,
                     truncated=clip.truncated,
                 )
             )
         group = self.layout.group(self.spec)
-        for name, values in {"tokens": block, **small}.items():
+        path = group / tokens_plan.name / tokens_plan.chunk_file(shard)
+        write_shard(path, tokens_plan, stored)
+        for name, values in small.items():
             zarr.open_array(group / name, mode="r+", zarr_format=3)[rows] = values
-        for path in self._shard_files(shard):
-            fsync_file(path)
-            fsync_folder(path.parent)
-        read_back = np.asarray(zarr.open_array(group / "tokens", mode="r", zarr_format=3)[rows])
-        if read_back.tobytes() != block.tobytes():
-            raise CorruptTokensError(
-                f"{self.layout.group(self.spec)}: shard {shard} reads back differently from what was "
-                "written; nothing was committed. Check the disk and run the command again."
-            )
+        for file in self._shard_files(shard):
+            fsync_file(file)
+            fsync_folder(file.parent)
+        self._read_back(path, tokens_plan, entries)
         return entries
+
+    def _read_back(self, path: Path, plan: ArrayPlan, entries: Sequence[Entry]) -> None:
+        """Compare what stands on the disk with what was meant, clip by clip."""
+        shard = Shard(path, plan)
+        for place, entry in enumerate(entries):
+            if entry.crc32c is None:
+                continue
+            if crc32c(shard.read(place, entry.valid_len)) != entry.crc32c:
+                raise CorruptTokensError(
+                    f"{path}: reads back differently from what was written; nothing was committed. "
+                    "Check the disk and run the command again."
+                )
 
     def _shard_files(self, shard: int) -> list[Path]:
         """Files of one unit that exist (an all-fill part of an array has none)."""
@@ -194,7 +196,8 @@ class UnitWriter:
             path.unlink(missing_ok=True)
 
 
-def _create_array(group: zarr.Group, plan: ArrayPlan) -> None:
+def create_array(group: zarr.Group, plan: ArrayPlan) -> None:
+    """Create an empty array of a spec's group, as the plan says."""
     group.create_array(
         plan.name,
         shape=(0, *plan.tail),
@@ -241,9 +244,3 @@ def is_storable(tokens: Floats, spec: TokenSpec) -> bool:
     """True if every value is finite in the spec's stored dtype."""
     with np.errstate(over="ignore"):
         return bool(np.isfinite(tokens.astype(spec.dtype, copy=False)).all())
-
-
-def crc32_of(tokens: npt.NDArray[Any]) -> int:
-    """Return the CRC-32 of an array's little-endian bytes."""
-    little = np.ascontiguousarray(tokens, dtype=tokens.dtype.newbyteorder("<"))
-    return zlib.crc32(little.data)
