@@ -149,11 +149,15 @@ class TokenStore:
             found[spec.spec_id] = spec
         return found
 
+    def close(self) -> None:
+        """Close every file; the store may still be used and opens them again."""
+        self._shards.clear()
+        self._arrays.clear()
+
     def refresh(self) -> None:
         """Forget what was read; later calls see what others have committed since."""
         self._indexes.clear()
-        self._arrays.clear()
-        self._shards.clear()
+        self.close()
         self.__dict__.pop("specs", None)
 
     def index(self, spec: TokenSpec) -> Index:
