@@ -30,6 +30,7 @@ from cache.layout import CLIPS_PER_SHARD
 from cache.spec import TokenSpec
 from cache.store import TokenStore
 from tests.conftest import key_of, make_clip
+from train.presets import demo
 
 Specs = dict[str, TokenSpec]
 PROVENANCE = {"torch": "0"}
@@ -337,40 +338,49 @@ def test_writers_at_once_lose_nothing_and_commit_each_unit_once(
     assert len(set(shards)) == len(shards)
 
 
-@pytest.mark.skipif(
-    shutil.which("mount") is None or os.geteuid() != 0, reason="needs root to mount a tmpfs"
-)
-def test_a_full_disk_commits_nothing_and_loses_nothing(tmp_path: Path, specs: Specs) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True
+def _fill(disk: Path) -> int:
+    """Commit units to a small disk until it is full; then everything committed must still be there."""
+    spec = demo().tokens.video.with_weights("ab" * 32)
+    store = TokenStore.open_or_create(disk / "s")
+    kept: list[str] = []
+
+    def fill() -> None:
+        for number in range(100):
+            names = chr(0x200 + 2 * number) + chr(0x201 + 2 * number)
+            store.commit(spec, unit(spec, names), PROVENANCE)
+            kept.append(names)
+
+    with pytest.raises(StoreError, match=r"cannot write .*Nothing of this unit became visible"):
+        fill()
+    assert kept
+    store = TokenStore.open(disk / "s")
+    assert len(store.index(spec).commits) == len(kept)
+    for names in kept:
+        for clip in unit(spec, names):
+            assert clip.tokens is not None
+            assert store.read(spec, clip.key).tokens.tobytes() == clip.tokens.tobytes()
+    return len(kept)
+
+
+def test_a_full_disk_commits_nothing_and_loses_nothing(tmp_path: Path) -> None:
+    """On a tmpfs in a mount namespace of its own, so that nothing stays mounted, whatever happens."""
+    mount = f"mount -t tmpfs -o size=300k tmpfs {tmp_path}"
+    own = ["unshare", "--mount", "--propagation", "private", "sh", "-c"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*own, mount], capture_output=True).returncode
+    ):
+        pytest.skip("this machine does not allow mounting a tmpfs (needs root and unshare)")
+    script = (
+        "import sys; from pathlib import Path; from tests.test_store import _fill; "
+        "print('full after', _fill(Path(sys.argv[1])), 'units')"
     )
-    if mounted.returncode:
-        pytest.skip("this machine does not allow mounting a tmpfs")
-    try:
-        spec = specs["video"]
-        store = TokenStore.open_or_create(disk / "s")
-        kept: list[str] = []
-
-        def fill() -> None:
-            for number in range(100):
-                names = chr(0x200 + 2 * number) + chr(0x201 + 2 * number)
-                store.commit(spec, unit(spec, names), PROVENANCE)
-                kept.append(names)
-
-        with pytest.raises(StoreError, match=r"cannot write .*Nothing of this unit became visible"):
-            fill()
-        assert kept
-        store = TokenStore.open(disk / "s")
-        assert len(store.index(spec).commits) == len(kept)
-        for names in kept:
-            for clip in unit(spec, names):
-                assert clip.tokens is not None
-                assert store.read(spec, clip.key).tokens.tobytes() == clip.tokens.tobytes()
-    finally:
-        # Lazily: an open shard, in a traceback for example, must not leave the disk mounted.
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+    done = subprocess.run(
+        [*own, f'{mount} && exec "$0" "$@"', sys.executable, "-c", script, str(tmp_path)],
+        capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "full after" in done.stdout
 
 
 def test_a_store_written_by_hand_is_read(tmp_path: Path, specs: Specs) -> None:
