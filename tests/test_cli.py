@@ -260,7 +260,9 @@ def _readme_example(folder: Path) -> None:
             assert digest in digests
             assert shape == "(16, 4, 96)"
         else:
-            assert re.fullmatch(r"\(1\d\d|2\d\d, 64\)", shown) or shown.endswith(", 64)")
+            found = re.fullmatch(r"\((\d+), 64\)", shown)
+            assert found, shown
+            assert 100 <= int(found[1]) <= 205, "2 to 4 s at 50 tokens a second, and AAC's padding"
 
 
 def test_real_clips_travel_the_whole_path(
