@@ -338,10 +338,9 @@ def store_show(
     chosen = [s for s in opened.specs.values() if what in (None, s.spec_id, s.stream)]
     if chosen:
         for spec in chosen:
-            index = opened.index(spec)
             out.print_json(spec.model_dump_json())
             made = Counter(
-                ", ".join(f"{k} {v}" for k, v in c.provenance.items()) for c in index.commits
+                ", ".join(f"{k} {v}" for k, v in c.provenance.items()) for c in opened.commits(spec)
             )
             for text, n in made.items():
                 out.print(f"{n} units by {text}", highlight=False)

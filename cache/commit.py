@@ -6,16 +6,17 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from cache.clip import SHA256_PATTERN
-from cache.files import create_once
+from cache.errors import SchemaError
+from cache.layout import commits
+from cache.quantize import Quantized
 from cache.schema import Model, decode_json
+from cache.storage import Storage
 
 
 class Status(StrEnum):
@@ -40,8 +41,9 @@ class ClipTokens:
     key: str
     """Token key of the record: 64 hexadecimal digits."""
     status: Status
-    tokens: npt.NDArray[np.floating[Any]] | None = None
-    """Audio (T, D), video (F, P, D), image (1 + P, D); None unless the status is ok."""
+    tokens: npt.NDArray[Any] | Quantized | None = None
+    """Audio (T, D), video (F, P, D), image (1 + P, D), floats or, for an int8 spec, quantised already;
+    None unless the status is ok."""
     reason: str | None = None
     """Why it failed; None otherwise."""
     remark: str | None = None
@@ -77,7 +79,7 @@ class Commit(Model):
     """One unit's commit: written last, created once."""
 
     schema_version: Literal[1] = 1
-    unit_id: str
+    unit_id: str = Field(pattern=r"^[A-Za-z0-9_-]{1,24}$")
     spec_id: str
     shard: int = Field(ge=0)
     created: str
@@ -87,40 +89,15 @@ class Commit(Model):
     n_bytes: int = Field(ge=0)
     """Size of the unit's files."""
     clips: tuple[Entry, ...]
+    replaces: tuple[str, ...] = ()
+    """Units whose clips this one took over (compaction): they no longer count."""
+    abandoned: bool = False
+    """Garbage collection closed this unit, whose writer was taken for dead: it holds no clips and
+    can no longer be committed, so that what its writer left can be removed safely."""
 
     def count(self, status: Status) -> int:
         """Number of clips with this status."""
         return sum(entry.status is status for entry in self.clips)
-
-
-class Index:
-    """All committed entries of one spec.
-
-    A clip may stand in several units: two runs that overlapped, or a retry. The first unit that
-    holds it with a final status counts; `failed` counts only while nothing better is known.
-    """
-
-    def __init__(self, commits: Iterable[Commit] = ()) -> None:
-        """Index commits in the given order."""
-        self.commits: list[Commit] = []
-        self.entries: dict[str, Entry] = {}
-        """Token key -> the entry that counts."""
-        self.superseded: dict[str, set[str]] = {}
-        """Token key -> ids of the units that recorded it as failed."""
-        for commit in commits:
-            self.add(commit)
-
-    def add(self, commit: Commit) -> None:
-        """Take in one more commit."""
-        self.commits.append(commit)
-        for entry in commit.clips:
-            if entry.status is Status.FAILED:
-                self.superseded.setdefault(entry.key, set()).add(commit.unit_id)
-            known = self.entries.get(entry.key)
-            if known is None or (
-                known.status is Status.FAILED and entry.status is not Status.FAILED
-            ):
-                self.entries[entry.key] = entry
 
 
 def unit_id(spec_id: str, keys: Iterable[str], after: Iterable[str] = ()) -> str:
@@ -135,24 +112,39 @@ def unit_id(spec_id: str, keys: Iterable[str], after: Iterable[str] = ()) -> str
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
-def write_commit(folder: Path, commit: Commit) -> bool:
+def commit_key(spec_id: str, identity: str) -> str:
+    """Return the key of a unit's commit record."""
+    return f"{commits(spec_id)}/{identity}.json"
+
+
+def write_commit(storage: Storage, commit: Commit) -> bool:
     """Create a commit record; return False if the unit is committed already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data = commit.model_dump_json(exclude_none=True).encode()
-    return create_once(folder / f"{commit.unit_id}.json", data)
+    data = commit.model_dump_json(exclude_defaults=True).encode()
+    return storage.create(commit_key(commit.spec_id, commit.unit_id), data)
 
 
-def read_commit(path: Path) -> Commit:
+def read_commit(storage: Storage, spec_id: str, identity: str) -> Commit:
     """Read one commit record.
 
     Raises:
+        FileNotFoundError: There is none.
         SchemaError: The file is damaged or of another format.
     """
-    return decode_json(Commit, path.read_bytes(), str(path))
+    key = commit_key(spec_id, identity)
+    data = storage.read(key)
+    try:
+        found = Commit.model_validate_json(data)
+    except ValidationError:
+        found = decode_json(Commit, data, f"{storage.url}/{key}")  # the same, with a better message
+    if found.unit_id != identity or found.spec_id != spec_id:
+        raise SchemaError(
+            f"{storage.url}/{key}: is the record of unit {found.unit_id} under {found.spec_id}. "
+            "The file was renamed or moved; restore it from a copy of the store."
+        )
+    return found
 
 
-def read_index(folder: Path) -> Index:
-    """Read every commit record of a spec, in the order of their names."""
-    if not folder.is_dir():
-        return Index()
-    return Index(read_commit(path) for path in sorted(folder.glob("*.json")))
+def unit_ids(storage: Storage, spec_id: str) -> list[str]:
+    """Return the ids of all committed or abandoned units of a spec, sorted."""
+    names = storage.names(commits(spec_id))
+    return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))

@@ -10,18 +10,24 @@ from pathlib import Path
 
 
 @contextmanager
-def write_aside(path: Path) -> Iterator[Path]:
+def write_aside(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and takes the name `path`.
 
     The temporary name is unique to this attempt, so that two writers never share it. If the block
     raises, nothing remains.
+
+    Args:
+        path: The file to be.
+        durable: False leaves the disk its time: a power cut may lose the file.
     """
     aside = _aside(path)
     try:
         yield aside
-        fsync_file(aside)
+        if durable:
+            fsync_file(aside)
         aside.replace(path)
-        fsync_folder(path.parent)
+        if durable:
+            fsync_folder(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -47,7 +53,9 @@ def create_once(path: Path, data: bytes) -> bool:
         try:
             os.link(aside, path)
         except FileExistsError:
-            return False
+            # NFS may do the link, lose its answer, and refuse the repeated request.
+            if aside.stat().st_nlink < 2:
+                return False
         fsync_folder(path.parent)
         return True
     finally:

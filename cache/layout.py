@@ -2,7 +2,7 @@
 
 ::
 
-    STORE/store.json                        marks the folder; format version
+    STORE/store.json                        marks the folder; format version, compression
     STORE/tokens.zarr/                      a plain Zarr v3 hierarchy, for anyone to read
         <stream>-<spec_id>/tokens           (clip, token, channel) or (clip, frame, patch, channel)
                            valid_len        (clip,) int32, valid entries of the second axis
@@ -10,19 +10,23 @@
                            clip             (clip, 32) uint8, SHA-256 of the media file
                            frame_index      (clip, frame) int32, video and image
                            frame_pts_s      (clip, frame) float64, video and image
+                           token_scale      (clip, token...) float32, int8 specs
+                           channel_exponent (clip, channel) int8, int8 specs
     STORE/commits/<spec_id>/<unit_id>.json  create-once, written last: what is committed
     STORE/claims/<spec_id>/<shard>          create-once: which attempt owns which shard
+    STORE/snapshots/<spec_id>/*.arrow       derived: the commit records as one table, for a quick open
     STORE/probes/<spec_id>.json             the encoder's answer to a fixed input
 
 A unit of at most `CLIPS_PER_SHARD` clips is one shard, written once by the one attempt that claimed
 its number. Shards whose attempt never committed are garbage that no reader looks at.
+
+Paths are keys: relative to the store, with `/`, on a disk and in a bucket alike.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cache.spec import AUDIO_FRAMES_PER_S, TokenSpec
 
@@ -32,47 +36,40 @@ FORMAT_VERSION = 1
 CLIPS_PER_SHARD = 32
 """92 MB a shard for the largest stream of the paper (1025 x 1408 float16); see docs/store.md."""
 
+Compression = Literal["none", "zstd"]
+"""Of token chunks; `zstd` is Blosc with zstd and byte shuffle, lossless."""
 
-@dataclass(frozen=True)
-class Layout:
-    """The paths of a store."""
+MARKER = "store.json"
+"""The file that makes a folder a store."""
+ZARR = "tokens.zarr"
+"""Root of the Zarr hierarchy."""
+OWN_NAMES = frozenset({MARKER, ZARR, "commits", "claims", "probes", "snapshots"})
+"""Everything that a store's folder holds."""
 
-    root: Path
 
-    @property
-    def marker(self) -> Path:
-        """The file that makes the folder a store."""
-        return self.root / "store.json"
+def group(spec: TokenSpec) -> str:
+    """Return the key of a spec's Zarr group."""
+    return f"{ZARR}/{spec.stream}-{spec.spec_id}"
 
-    @property
-    def zarr(self) -> Path:
-        """Root of the Zarr hierarchy."""
-        return self.root / "tokens.zarr"
 
-    @property
-    def own_names(self) -> frozenset[str]:
-        """Everything that a store's folder holds."""
-        return frozenset({self.marker.name, self.zarr.name, "commits", "claims", "probes"})
+def commits(spec_id: str) -> str:
+    """Return the key of the folder of a spec's commit records."""
+    return f"commits/{spec_id}"
 
-    def group_name(self, spec: TokenSpec) -> str:
-        """Name of a spec's group in the Zarr hierarchy."""
-        return f"{spec.stream}-{spec.spec_id}"
 
-    def group(self, spec: TokenSpec) -> Path:
-        """Folder of a spec's Zarr group."""
-        return self.zarr / self.group_name(spec)
+def claims(spec_id: str) -> str:
+    """Return the key of the folder of a spec's shard claims."""
+    return f"claims/{spec_id}"
 
-    def commits(self, spec_id: str) -> Path:
-        """Folder of a spec's commit records."""
-        return self.root / "commits" / spec_id
 
-    def claims(self, spec_id: str) -> Path:
-        """Folder of a spec's shard claims."""
-        return self.root / "claims" / spec_id
+def snapshots(spec_id: str) -> str:
+    """Return the key of the folder of a spec's snapshots."""
+    return f"snapshots/{spec_id}"
 
-    def probe(self, spec_id: str) -> Path:
-        """The encoder's recorded answer to the fixed input."""
-        return self.root / "probes" / f"{spec_id}.json"
+
+def probe(spec_id: str) -> str:
+    """Return the key of the encoder's recorded answer to the fixed input."""
+    return f"probes/{spec_id}.json"
 
 
 @dataclass(frozen=True)
@@ -86,6 +83,9 @@ class ArrayPlan:
     fill: float | int
     dimensions: tuple[str, ...]
     is_sharded: bool = False
+    is_derived: bool = False
+    """True if the commit records hold the same, so that it can be built again."""
+    compression: Compression = "none"
 
     @property
     def chunk(self) -> tuple[int, ...]:
@@ -102,7 +102,16 @@ class ArrayPlan:
         return "/".join(["c", str(shard), *["0"] * len(self.tail)])
 
 
-def arrays(spec: TokenSpec) -> list[ArrayPlan]:
+STORED_DTYPES = {
+    "float16": "float16",
+    "float32": "float32",
+    "bfloat16": "uint16",  # the bits: Zarr has no bfloat16 that every library knows
+    "int8": "int8",
+}
+"""dtype of a spec -> dtype of the Zarr array `tokens`."""
+
+
+def arrays(spec: TokenSpec, compression: Compression = "none") -> list[ArrayPlan]:
     """Return the arrays of a spec's group, tokens first."""
     shape = spec.max_shape
     if spec.stream == "audio":
@@ -113,12 +122,16 @@ def arrays(spec: TokenSpec) -> list[ArrayPlan]:
     else:
         chunk_tail = shape
         names = ("token", "channel") if spec.stream == "image" else ("frame", "patch", "channel")
+    stored = STORED_DTYPES[spec.dtype]
     plans = [
-        ArrayPlan("tokens", shape, spec.dtype, chunk_tail, 0, ("clip", *names), is_sharded=True),
-        ArrayPlan("valid_len", (), "int32", (), -1, ("clip",)),
-        ArrayPlan("status", (), "int8", (), -1, ("clip",)),
-        ArrayPlan("clip", (32,), "uint8", (32,), 0, ("clip", "sha256_byte")),
-    ]
+        ArrayPlan(
+            "tokens", shape, stored, chunk_tail, 0, ("clip", *names),
+            is_sharded=True, compression=compression,
+        ),
+        ArrayPlan("valid_len", (), "int32", (), -1, ("clip",), is_derived=True),
+        ArrayPlan("status", (), "int8", (), -1, ("clip",), is_derived=True),
+        ArrayPlan("clip", (32,), "uint8", (32,), 0, ("clip", "sha256_byte"), is_derived=True),
+    ]  # fmt: skip
     if spec.frames is not None:
         n = spec.frames.n_frames
         axis = "frame" if spec.stream == "video" else "chosen_frame"
@@ -126,11 +139,21 @@ def arrays(spec: TokenSpec) -> list[ArrayPlan]:
             ArrayPlan("frame_index", (n,), "int32", (n,), -1, ("clip", axis)),
             ArrayPlan("frame_pts_s", (n,), "float64", (n,), float("nan"), ("clip", axis)),
         ]
+    if spec.dtype == "int8":
+        scales, channels = shape[:-1], shape[-1:]
+        plans += [
+            ArrayPlan("token_scale", scales, "float32", scales, 0, ("clip", *names[:-1])),
+            ArrayPlan("channel_exponent", channels, "int8", channels, 0, ("clip", "channel")),
+        ]
     return plans
 
 
 def group_attributes(spec: TokenSpec) -> dict[str, Any]:
     """Return what a stranger needs to understand a spec's group."""
+    values = {
+        "bfloat16": ". The numbers are bfloat16: their bits are the upper half of a float32's",
+        "int8": ". The values are tokens * token_scale[..., None] * 2 ** (channel_exponent / 4)",
+    }
     return {
         "emocache": {
             "format_version": FORMAT_VERSION,
@@ -139,6 +162,6 @@ def group_attributes(spec: TokenSpec) -> dict[str, Any]:
             "clips_per_shard": CLIPS_PER_SHARD,
             "status_codes": {"ok": 0, "absent": 1, "failed": 2, "never written": -1},
             "how_to_read": "row r of every array is one clip; its tokens are "
-            "tokens[r, :valid_len[r]] where status[r] == 0",
+            f"tokens[r, :valid_len[r]] where status[r] == 0{values.get(spec.dtype, '')}",
         }
     }

@@ -9,30 +9,37 @@ path parses the index itself; `TokenStore` falls back to zarr-python for any oth
 
 from __future__ import annotations
 
+import mmap
 import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
 
-import google_crc32c
+import crc32c as crc32c_library
 import numpy as np
 import numpy.typing as npt
+from numcodecs import Blosc
 
 from cache.errors import CorruptTokensError
-from cache.files import write_aside
-from cache.layout import CLIPS_PER_SHARD, ArrayPlan
+from cache.layout import CLIPS_PER_SHARD, ArrayPlan, Compression
+from cache.storage import Bytes, LocalStorage, Storage
 
-Floats = npt.NDArray[np.floating[Any]]
+Values = npt.NDArray[Any]
+Raw = npt.NDArray[np.uint8]
 
 _CRC_BYTES = 4
 _EMPTY = np.uint64(2**64 - 1)
 """Offset and length of a chunk that is not stored."""
+_ALIGNMENT_BYTES = 64
+"""Clips start at multiples of a cache line; Zarr allows gaps."""
+_BUFFERS = 512
+"""Of one `preadv`; systems take at least 1024."""
 
 
-def crc32c(values: npt.NDArray[Any]) -> int:
+def crc32c(values: Values) -> int:
     """Return the CRC-32C of an array's little-endian bytes."""
     little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
-    return int(google_crc32c.value(little.reshape(-1).view(np.uint8)))
+    return crc32c_library.crc32c(little.reshape(-1).view(np.uint8).data)
 
 
 def chunks_per_clip(plan: ArrayPlan) -> int:
@@ -43,85 +50,267 @@ def chunks_per_clip(plan: ArrayPlan) -> int:
     return count
 
 
-def can_read(metadata: dict[str, Any], plan: ArrayPlan) -> bool:
-    """True if an array's zarr.json describes exactly the layout that this module reads."""
-    sharding = {
-        "name": "sharding_indexed",
-        "configuration": {
-            "chunk_shape": list(plan.chunk),
-            "codecs": _CODECS,
-            "index_codecs": _CODECS,
-            "index_location": "end",
-        },
-    }
-    return (
-        metadata.get("codecs") == [sharding]
+_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
+_CRC = {"name": "crc32c"}
+_CODEC_CHAINS: dict[Compression, list[str]] = {
+    "none": ["bytes", "crc32c"],
+    "zstd": ["bytes", "blosc", "crc32c"],
+}
+
+
+def blosc(item_bytes: int) -> Blosc:
+    """Return the compressor of `zstd` stores: measured choices, see docs/store.md."""
+    return Blosc(cname="zstd", clevel=1, shuffle=Blosc.SHUFFLE, typesize=item_bytes)
+
+
+def can_read(metadata: dict[str, Any], plan: ArrayPlan) -> Compression | None:
+    """Return the compression if an array's zarr.json describes a layout that this module reads."""
+    codecs = metadata.get("codecs") or [{}]
+    sharding = codecs[0].get("configuration", {})
+    inner = sharding.get("codecs", [])
+    fits = (
+        len(codecs) == 1
+        and codecs[0].get("name") == "sharding_indexed"
+        and sharding.get("chunk_shape") == list(plan.chunk)
+        and sharding.get("index_codecs") == [_BYTES, _CRC]
+        and sharding.get("index_location") == "end"
+        and inner[:1] == [_BYTES]
         and metadata.get("data_type") == plan.dtype
         and metadata.get("shape", [])[1:] == list(plan.tail)
         and metadata.get("chunk_grid", {}).get("configuration", {}).get("chunk_shape")
         == [CLIPS_PER_SHARD, *plan.tail]
         and metadata.get("chunk_key_encoding", {}).get("name") == "default"
     )
+    names = [codec.get("name") for codec in inner]
+    chains = [key for key, chain in _CODEC_CHAINS.items() if chain == names]
+    return chains[0] if fits and chains else None
 
 
-_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-
-
-def write_shard(path: Path, plan: ArrayPlan, clips: Sequence[Floats | None]) -> None:
-    """Write one shard, whole or not at all; at most one clip is held beside the input.
+def encode_shard(plan: ArrayPlan, clips: Iterable[Values | None]) -> Iterator[Bytes]:
+    """Yield a shard's bytes, piece by piece; at most one clip is held beside the input.
 
     Args:
-        path: The shard's file; its folder is created.
         plan: The `tokens` array.
-        clips: Up to `CLIPS_PER_SHARD` arrays of at most `plan.tail`; None for a clip without tokens.
+        clips: Up to `CLIPS_PER_SHARD` arrays of at most `plan.tail` in the stored dtype; None for a
+            clip without tokens.
     """
     per_clip, step = chunks_per_clip(plan), plan.chunk_tail[0]
     dtype = np.dtype(plan.dtype).newbyteorder("<")
     index = np.full((CLIPS_PER_SHARD * per_clip, 2), _EMPTY, "<u8")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_aside(path) as aside, aside.open("wb") as file:
-        for row, clip in enumerate(clips):
-            if clip is None:
-                continue
-            for number, start in enumerate(range(0, len(clip), step)):
-                chunk = np.zeros(plan.chunk_tail, dtype)
-                piece = clip[start : start + step]
-                chunk[: len(piece)] = piece
-                index[row * per_clip + number] = file.tell(), chunk.nbytes + _CRC_BYTES
-                file.write(chunk.data)
-                file.write(crc32c(chunk).to_bytes(_CRC_BYTES, "little"))
-        file.write(index.data)
-        file.write(crc32c(index).to_bytes(_CRC_BYTES, "little"))
+    position = 0
+    for row, clip in enumerate(clips):
+        if clip is None:
+            continue
+        gap = -position % _ALIGNMENT_BYTES
+        position += gap
+        yield bytes(gap)
+        for number, start in enumerate(range(0, len(clip), step)):
+            piece = np.ascontiguousarray(clip[start : start + step], dtype)
+            if len(piece) < step:
+                piece = np.concatenate(
+                    [piece, np.zeros((step - len(piece), *piece.shape[1:]), dtype)]
+                )
+            data: Bytes = piece.reshape(-1).view(np.uint8).data
+            if plan.compression != "none":
+                data = blosc(dtype.itemsize).encode(piece)
+            index[row * per_clip + number] = position, len(data) + _CRC_BYTES
+            position += len(data) + _CRC_BYTES
+            yield data
+            yield crc32c_library.crc32c(data).to_bytes(_CRC_BYTES, "little")
+    yield index.reshape(-1).view(np.uint8).data
+    yield crc32c(index).to_bytes(_CRC_BYTES, "little")
+
+
+def encode_chunk(plan: ArrayPlan, values: Values) -> bytes:
+    """Return the file of an unsharded array's chunk: one unit's rows and their CRC-32C."""
+    data = np.ascontiguousarray(values, np.dtype(plan.dtype).newbyteorder("<"))
+    return data.tobytes() + crc32c(data).to_bytes(_CRC_BYTES, "little")
+
+
+def decode_chunk(plan: ArrayPlan, data: bytes) -> Values:
+    """Return the rows of `encode_chunk`'s file.
+
+    Raises:
+        CorruptTokensError: Of another size, or its checksum differs.
+    """
+    dtype = np.dtype(plan.dtype).newbyteorder("<")
+    shape = (CLIPS_PER_SHARD, *plan.tail)
+    body, crc = data[:-_CRC_BYTES], data[-_CRC_BYTES:]
+    if len(body) != int(np.prod(shape)) * dtype.itemsize:
+        raise CorruptTokensError(f"array {plan.name} holds {len(data)} bytes for a unit")
+    if crc32c_library.crc32c(body) != int.from_bytes(crc, "little"):
+        raise CorruptTokensError(f"array {plan.name} fails its checksum")
+    return np.frombuffer(body, dtype).reshape(shape)
+
+
+class _Source(Protocol):
+    """The bytes of one file."""
+
+    size: int
+
+    def read(self, start: int, n_bytes: int) -> Bytes:
+        """Read a stretch; shorter where the file ends."""
+
+    def scatter(self, start: int, pieces: list[Raw]) -> None:
+        """Fill pieces that stand one after the other, a checksum between each two.
+
+        Raises:
+            CorruptTokensError: The file ends before.
+        """
+
+    def will_need(self, start: int, n_bytes: int) -> None:
+        """Tell the system what will be read soon."""
+
+
+class _File:
+    """An open file, by `pread`: works everywhere, positions are not shared by threads or forks."""
+
+    def __init__(self, storage: LocalStorage, key: str) -> None:
+        self._descriptor = os.open(storage.path(key), os.O_RDONLY)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def __del__(self) -> None:
+        descriptor = getattr(self, "_descriptor", None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def read(self, start: int, n_bytes: int) -> Bytes:
+        return os.pread(self._descriptor, n_bytes, start)
+
+    def scatter(self, start: int, pieces: list[Raw]) -> None:
+        checksum = np.empty(_CRC_BYTES, np.uint8)
+        buffers = [part for piece in pieces for part in (piece, checksum)][:-1]
+        for first in range(0, len(buffers), _BUFFERS):
+            group = buffers[first : first + _BUFFERS]
+            n_bytes = sum(part.nbytes for part in group)
+            if os.preadv(self._descriptor, [part.data for part in group], start) != n_bytes:
+                raise CorruptTokensError("the shard is shorter than its index says")
+            start += n_bytes
+
+    def will_need(self, start: int, n_bytes: int) -> None:
+        os.posix_fadvise(self._descriptor, start, n_bytes, os.POSIX_FADV_WILLNEED)
+
+
+class _Mapped:
+    """A file in memory: no copy, for local disks. A file cut short meanwhile kills the process."""
+
+    def __init__(self, storage: LocalStorage, key: str) -> None:
+        descriptor = os.open(storage.path(key), os.O_RDONLY)
+        try:
+            self.size = os.fstat(descriptor).st_size
+            if not self.size:
+                raise CorruptTokensError(f"{key}: truncated to 0 bytes, shorter than its index")
+            self._map = mmap.mmap(descriptor, self.size, prot=mmap.PROT_READ)
+        finally:
+            os.close(descriptor)
+        self._bytes: Raw = np.frombuffer(self._map, np.uint8)
+        # Read-ahead is asked for clip by clip; the kernel's own guess would fetch neighbours.
+        self._map.madvise(mmap.MADV_RANDOM)
+
+    def read(self, start: int, n_bytes: int) -> Bytes:
+        return self._bytes[start : start + n_bytes].data
+
+    def scatter(self, start: int, pieces: list[Raw]) -> None:
+        for piece in pieces:
+            np.copyto(piece, self._bytes[start : start + piece.nbytes])
+            start += piece.nbytes + _CRC_BYTES
+
+    def will_need(self, start: int, n_bytes: int) -> None:
+        first = start - start % mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, first, start + n_bytes - first)
+
+
+class _Remote:
+    """An object, by range requests."""
+
+    def __init__(self, storage: Storage, key: str) -> None:
+        self._storage, self._key = storage, key
+        self.size = storage.size(key)
+
+    def read(self, start: int, n_bytes: int) -> Bytes:
+        return self._storage.read_range(self._key, start, n_bytes)
+
+    def scatter(self, start: int, pieces: list[Raw]) -> None:
+        n_bytes = sum(piece.nbytes + _CRC_BYTES for piece in pieces) - _CRC_BYTES
+        data = np.frombuffer(self.read(start, n_bytes), np.uint8)
+        if data.nbytes != n_bytes:
+            raise CorruptTokensError("the shard is shorter than its index says")
+        done = 0
+        for piece in pieces:
+            piece[:] = data[done : done + piece.nbytes]
+            done += piece.nbytes + _CRC_BYTES
+
+    def will_need(self, start: int, n_bytes: int) -> None:
+        """Nothing to ask for: the threads of `TokenReader` fetch ahead."""
 
 
 class Shard:
-    """One committed shard, open for reading. Positions are not shared, so threads and forks may."""
+    """One committed shard, open for reading."""
 
-    def __init__(self, path: Path, plan: ArrayPlan) -> None:
+    def __init__(
+        self, storage: Storage, key: str, plan: ArrayPlan, *, memory_map: bool = False
+    ) -> None:
         """Open a shard and read its index.
+
+        Args:
+            storage: Where the store is.
+            key: The shard's file.
+            plan: The `tokens` array.
+            memory_map: Map the file instead of reading it; local storage only.
 
         Raises:
             OSError: The file is gone.
             CorruptTokensError: It is too short, or its index fails its checksum.
         """
         self._plan = plan
-        self._per_clip = chunks_per_clip(plan)
-        self._file = os.open(path, os.O_RDONLY)
-        n_bytes = CLIPS_PER_SHARD * self._per_clip * 16
-        size = os.fstat(self._file).st_size
-        raw = os.pread(self._file, n_bytes + _CRC_BYTES, max(0, size - n_bytes - _CRC_BYTES))
-        if len(raw) != n_bytes + _CRC_BYTES:
-            raise CorruptTokensError(f"{path}: truncated to {size} bytes, shorter than its index")
-        self._index = np.frombuffer(raw, "<u8", count=n_bytes // 8).reshape(-1, 2)
-        if crc32c(self._index) != int.from_bytes(raw[n_bytes:], "little"):
-            raise CorruptTokensError(f"{path}: the shard's index fails its checksum")
+        self._step = plan.chunk_tail[0]
+        self._dtype = np.dtype(plan.dtype).newbyteorder("<")
+        self._chunk_bytes = int(np.prod(plan.chunk_tail)) * self._dtype.itemsize
+        self._token_bytes = self._chunk_bytes // self._step
+        self._source: _Source
+        if isinstance(storage, LocalStorage):
+            self._source = (_Mapped if memory_map else _File)(storage, key)
+        else:
+            self._source = _Remote(storage, key)
+        per_clip = chunks_per_clip(plan)
+        n_bytes, size = CLIPS_PER_SHARD * per_clip * 16, self._source.size
+        if size < n_bytes + _CRC_BYTES:
+            raise CorruptTokensError(f"{key}: truncated to {size} bytes, shorter than its index")
+        raw = bytes(self._source.read(size - n_bytes - _CRC_BYTES, n_bytes + _CRC_BYTES))
+        index = np.frombuffer(raw, "<u8", count=n_bytes // 8).reshape(-1, 2)
+        if crc32c(index) != int.from_bytes(raw[n_bytes:], "little"):
+            raise CorruptTokensError(f"{key}: the shard's index fails its checksum")
+        index = index.astype(np.int64)  # -1, -1 where there is no chunk
+        if (index.sum(axis=1) > size).any():
+            raise CorruptTokensError(f"{key}: the shard is shorter than its index says")
+        self._chunks_of = [
+            [(start, length) for start, length in clip if start >= 0]
+            for clip in index.reshape(CLIPS_PER_SHARD, per_clip, 2).tolist()
+        ]
+        self._starts = [self._start(chunks) for chunks in self._chunks_of]
 
-    def __del__(self) -> None:
-        file = getattr(self, "_file", None)
-        if file is not None:
-            os.close(file)
+    def _start(self, chunks: list[tuple[int, int]]) -> int:
+        """Return where a clip starts if its chunks are whole and back to back, as we write them."""
+        wanted = self._chunk_bytes + _CRC_BYTES
+        first = chunks[0][0] if chunks else -1
+        plain = self._plan.compression == "none" and sys.byteorder == "little"
+        in_order = all(chunk == (first + i * wanted, wanted) for i, chunk in enumerate(chunks))
+        return first if plain and in_order else -1
 
-    def read(self, place: int, valid_len: int) -> Floats:
+    def span(self, place: int, valid_len: int) -> tuple[int, int]:
+        """Return start and length in bytes of what holds a clip's valid tokens."""
+        if self._starts[place] >= 0:
+            n_chunks = -(-valid_len // self._step)
+            return self._starts[place], n_chunks * (self._chunk_bytes + _CRC_BYTES)
+        chunks = self._chunks(place, valid_len)
+        start = min(start for start, _ in chunks)
+        return start, max(start + length for start, length in chunks) - start
+
+    def will_need(self, place: int, valid_len: int) -> None:
+        """Tell the system that a clip will be read soon."""
+        self._source.will_need(*self.span(place, valid_len))
+
+    def read(self, place: int, valid_len: int) -> Values:
         """Read a clip's valid tokens; the caller compares their checksum.
 
         Args:
@@ -131,23 +320,83 @@ class Shard:
         Raises:
             CorruptTokensError: The index does not hold them, or the file is shorter than it says.
         """
-        step, tail = self._plan.chunk_tail[0], self._plan.chunk_tail
-        dtype = np.dtype(self._plan.dtype).newbyteorder("<")
-        n_chunks = -(-valid_len // step)
-        first = place * self._per_clip
-        entries = self._index[first : first + n_chunks]
-        n_bytes = int(np.prod(tail)) * dtype.itemsize
-        if (entries[:, 1] != n_bytes + _CRC_BYTES).any():
-            raise CorruptTokensError("the shard's index lacks a chunk of the clip")
-        offsets = entries[:, 0].astype(np.int64)
-        start, end = int(offsets.min()), int(offsets.max()) + n_bytes
-        if end - start == n_chunks * (n_bytes + _CRC_BYTES) - _CRC_BYTES:
-            raw = os.pread(self._file, end - start, start)  # written by us: one stretch
-            parts = [raw[int(o) - start : int(o) - start + n_bytes] for o in offsets]
+        tokens = np.empty((valid_len, *self._plan.tail[1:]), self._plan.dtype)
+        self.read_into(tokens, place)
+        return tokens
+
+    def read_into(self, out: Values, place: int, *, check: bool = False) -> int | None:
+        """Read as many of a clip's tokens as `out` holds, into `out`.
+
+        Args:
+            out: Contiguous, (valid_len, ...) of the stored dtype.
+            place: Number of the clip in the shard.
+            check: Compute the CRC-32C of `out` on the way.
+
+        Returns:
+            The checksum if asked for.
+
+        Raises:
+            CorruptTokensError: The index does not hold them, or the file is shorter than it says.
+        """
+        target: Raw = out.reshape(-1).view(np.uint8)
+        if self._starts[place] >= 0 and len(out) <= self._step * len(self._chunks_of[place]):
+            step = self._chunk_bytes
+            pieces = [target[i : i + step] for i in range(0, target.nbytes, step)]
+            self._source.scatter(self._starts[place], pieces)
         else:
-            parts = [os.pread(self._file, n_bytes, int(o)) for o in offsets]
-        if any(len(part) != n_bytes for part in parts):
-            raise CorruptTokensError("the shard is shorter than its index says")
-        whole = parts[0] if len(parts) == 1 else b"".join(parts)
-        tokens = np.frombuffer(whole, dtype).reshape(n_chunks * step, *tail[1:])
-        return tokens[:valid_len].astype(self._plan.dtype, copy=False)
+            done = 0
+            for data in self._pieces(place, len(out)):
+                target[done : done + len(data)] = np.frombuffer(data, np.uint8)
+                done += len(data)
+        checksum = crc32c_library.crc32c(target.data) if check else None
+        if sys.byteorder == "big":
+            out.byteswap(inplace=True)
+        return checksum
+
+    def peek(self, place: int, valid_len: int) -> Values | None:
+        """Return a clip's valid tokens without copying, if the file is mapped and they are one chunk.
+
+        The array is read-only and keeps the file open.
+        """
+        if not isinstance(self._source, _Mapped) or self._plan.compression != "none":
+            return None
+        if valid_len > self._step or sys.byteorder == "big":
+            return None
+        ((start, _),) = self._chunks(place, valid_len)
+        data = self._source.read(start, valid_len * self._token_bytes)
+        return np.frombuffer(data, self._dtype).reshape(valid_len, *self._plan.tail[1:])
+
+    def _chunks(self, place: int, valid_len: int) -> list[tuple[int, int]]:
+        """Return start and length of the chunks that hold a clip's valid tokens."""
+        count = -(-valid_len // self._step)
+        chunks = self._chunks_of[place][:count]
+        if self._plan.compression == "none":
+            fits = all(length == self._chunk_bytes + _CRC_BYTES for _, length in chunks)
+        else:
+            fits = all(length > _CRC_BYTES for _, length in chunks)
+        if len(chunks) != count or not fits:
+            raise CorruptTokensError("the shard's index lacks a chunk of the clip")
+        return chunks
+
+    def _pieces(self, place: int, valid_len: int) -> Iterator[Bytes]:
+        """Yield the bytes of a clip's valid tokens, whatever the order and size of its chunks."""
+        left = valid_len * self._token_bytes
+        for start, length in self._chunks(place, valid_len):
+            data = memoryview(self._source.read(start, length - _CRC_BYTES))
+            if len(data) != length - _CRC_BYTES:
+                raise CorruptTokensError("the shard is shorter than its index says")
+            if self._plan.compression != "none":
+                data = memoryview(_decompress(data, self._chunk_bytes))
+            yield data[:left]
+            left -= self._chunk_bytes
+
+
+def _decompress(data: memoryview, n_bytes: int) -> bytes:
+    """Undo Blosc; the header's own size is compared first, so that a bad one allocates nothing."""
+    stated = int.from_bytes(data[4:8], "little")
+    if len(data) < 16 or stated != n_bytes:
+        raise CorruptTokensError(f"a compressed chunk states {stated} bytes instead of {n_bytes}")
+    try:
+        return bytes(Blosc().decode(data))
+    except RuntimeError as error:
+        raise CorruptTokensError(f"a compressed chunk cannot be unpacked ({error})") from None

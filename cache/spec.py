@@ -6,7 +6,9 @@ Paths, devices, batch sizes, worker counts and hosts never stand here: they do n
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -104,6 +106,13 @@ class Frames(Model):
         return self
 
 
+_PRECISE_ENOUGH_FOR = {
+    "float32": {"float32", "float16", "bfloat16", "int8"},
+    "float16": {"float16", "int8"},
+    "bfloat16": {"bfloat16", "int8"},
+    "int8": {"int8"},
+}
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -137,8 +146,8 @@ class TokenSpec(Model):
     """Video only: patches are mean-pooled to `grid x grid` before storing; None keeps all of them."""
     sample_rate_hz: int | None = None
     """Audio only."""
-    dtype: Literal["float16", "float32"] = "float16"
-    """Stored dtype."""
+    dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
+    """Stored dtype; `int8` with a scale per channel and per token (`cache.quantize`)."""
     decode_policy: int = DECODE_POLICY
 
     @field_validator("encoder", mode="before")
@@ -206,7 +215,7 @@ class TokenSpec(Model):
         """True once the weights digest is known."""
         return self.encoder.weights_sha256 is not None
 
-    @property
+    @cached_property
     def spec_id(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of the canonical JSON.
 
@@ -224,6 +233,12 @@ class TokenSpec(Model):
         """Return the text that is hashed; equal specs give equal text."""
         return canonical_json(self.model_dump(mode="json"))
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy, which has a `spec_id` of its own."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("spec_id", None)
+        return copied
+
     def with_weights(self, weights_sha256: str) -> TokenSpec:
         """Return this spec for the weights with this digest."""
         return self.model_copy(
@@ -236,6 +251,24 @@ class TokenSpec(Model):
             return self == stored
         assert stored.encoder.weights_sha256 is not None
         return self.with_weights(stored.encoder.weights_sha256) == stored
+
+    def serves(self, wanted: TokenSpec) -> bool:
+        """True if tokens stored under this spec hold all that `wanted` would store.
+
+        The same choices, apart from a finer video grid that `wanted`'s cells divide, and a dtype of
+        no less precision. Fewer frames are not served: `n` uniform frames are other frames than `n`
+        of the stored ones.
+        """
+        if wanted.stream != self.stream or wanted.dtype not in _PRECISE_ENOUGH_FOR[self.dtype]:
+            return False
+        if wanted.grid != self.grid:
+            side = self.patches_per_side
+            stored = self.grid or side
+            # Cells of cells are the cells themselves only if every one is of the same size.
+            if wanted.grid is None or side % stored or stored % wanted.grid:
+                return False
+        same = self.model_copy(update={"grid": wanted.grid, "dtype": wanted.dtype})
+        return wanted.accepts(same)
 
     def uses_record(self) -> bool:
         """True if the tokens depend on the record (its peak frame), not on the clip alone."""

@@ -4,170 +4,240 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import resource
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 import zarr
 from zarr.core.array import Array
 
-from cache.commit import ClipTokens, Commit, Entry, Index, Status, read_index
+from cache import layout
+from cache.commit import ClipTokens, Commit, Entry, Status, read_commit, unit_ids
 from cache.errors import CacheMissError, CorruptTokensError, SpecMismatchError, StoreError
-from cache.files import create_once
-from cache.layout import CLIPS_PER_SHARD, FORMAT_NAME, FORMAT_VERSION, Layout, arrays
+from cache.index import Index, in_parallel, read_index, write_snapshot
+from cache.layout import CLIPS_PER_SHARD, FORMAT_NAME, FORMAT_VERSION, ArrayPlan, Compression
+from cache.quantize import Quantized, dequantize
 from cache.schema import Model, decode, decode_json
-from cache.shards import Floats, Shard, can_read, crc32c
+from cache.shards import Shard, Values, can_read, crc32c, decode_chunk
 from cache.spec import TokenSpec, describe_differences, differences
+from cache.storage import LocalStorage, Storage, open_storage
 from cache.writer import UnitWriter
 
 _PROBE_TOLERANCE = 2e-2
 """Largest relative difference of the golden probe: half precision and other devices pass, another
 weight, layer or normalisation does not (those differ by far more than a tenth)."""
 
-_OPEN_SHARDS = 256
-"""Shards that stay open, each with a file and 16 bytes of index per chunk."""
+_SNAPSHOT_EVERY = 256
+"""Own commits after which a writer refreshes the snapshot, so that others open the store quickly."""
 
 ZarrArray = Array[Any]
+
+_alive: weakref.WeakSet[TokenStore] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
 class StoredTokens:
     """A clip's tokens as read: audio (T, D), video (F, P, D) or image (1 + P, D)."""
 
-    tokens: Floats
+    tokens: Values
+    """Of the spec's dtype (bfloat16 as `ml_dtypes.bfloat16`); float32 for int8 specs."""
     entry: Entry
 
 
 class _Marker(Model):
     format: Literal["emocache-store"]
     version: int
+    compression: Compression = "none"
 
 
 class TokenStore:
-    """A folder of committed tokens; see `cache.layout` for what stands where.
+    """A folder or bucket of committed tokens; see `cache.layout` for what stands where.
 
     Readers see committed data only. A store may be read while others write to it; `refresh` shows
     what was committed since.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, storage: Storage, compression: Compression = "none") -> None:
         """Use `TokenStore.open` or `TokenStore.open_or_create`."""
-        self.layout = Layout(root)
+        self.storage = storage
+        self.compression: Compression = compression
+        self._forget()
+        _alive.add(self)
+
+    def _forget(self) -> None:
         self._indexes: dict[str, Index] = {}
         self._arrays: dict[tuple[str, str], ZarrArray] = {}
-        self._shards: dict[tuple[str, int], Shard] = {}
-        self._is_plain: dict[str, bool] = {}
+        self._writers: dict[str, UnitWriter] = {}
+        self._own_commits: dict[str, int] = {}
+        self._plans: dict[str, ArrayPlan | None] = {}
+        self._shards: OrderedDict[tuple[str, int, bool], Shard] = OrderedDict()
+        self._small: OrderedDict[tuple[str, str, int], Values] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _after_fork(self) -> None:
+        """In a forked child: a thread of the parent may have held the lock, and is not here."""
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        return f"TokenStore({str(self.layout.root)!r})"
+        return f"TokenStore({self.root!r})"
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave open arrays and files behind: a spawned worker opens its own."""
         return {
-            "layout": self.layout,
+            "storage": self.storage,
+            "compression": self.compression,
             "_indexes": self._indexes,
-            "_arrays": {},
-            "_shards": {},
-            "_is_plain": {},
         }
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open nothing yet."""
+        self.__init__(state["storage"], state["compression"])  # type: ignore[misc]
+        self._indexes = state["_indexes"]
+
+    @property
+    def root(self) -> str:
+        """The store's path or URL."""
+        return self.storage.url
+
     @classmethod
-    def open(cls, root: Path) -> TokenStore:
+    def open(cls, where: str | Path) -> TokenStore:
         """Open an existing store.
+
+        Args:
+            where: A folder, or a URL such as `s3://bucket/prefix`.
 
         Raises:
             StoreError: No such folder, not a store, or written by a newer version.
         """
-        marker = Layout(root).marker
-        if not root.exists():
-            raise StoreError(
-                f"{root}: no such store. Create it with: emocache extract PRESET --store {root} ..."
-            )
-        if not marker.is_file():
-            raise StoreError(
-                f"{root}: not an emocache store (no {marker.name} in it). Give the folder that "
-                "`emocache extract --store` wrote; nothing was changed."
-            )
-        found = decode_json(_Marker, marker.read_bytes(), str(marker))
-        if found.version > FORMAT_VERSION:
-            raise StoreError(
-                f"{root}: store format {found.version}, this version reads up to {FORMAT_VERSION}. "
-                "Update emocache; nothing was changed."
-            )
-        return cls(root)
+        return cls._open(open_storage(where))
 
     @classmethod
-    def open_or_create(cls, root: Path) -> TokenStore:
-        """Open a store, creating it in an empty or new folder.
+    def _open(cls, storage: Storage) -> TokenStore:
+        where = storage.url
+        try:
+            found = decode_json(_Marker, storage.read(layout.MARKER), f"{where}/{layout.MARKER}")
+        except (FileNotFoundError, NotADirectoryError):
+            if isinstance(storage, LocalStorage) and not storage.root.exists():
+                raise StoreError(
+                    f"{where}: no such store. Create it with: emocache extract PRESET --store {where} ..."
+                ) from None
+            raise StoreError(
+                f"{where}: not an emocache store (no {layout.MARKER} in it). Give the folder that "
+                "`emocache extract --store` wrote; nothing was changed."
+            ) from None
+        except OSError as error:
+            raise StoreError(f"{where}: cannot be read ({error.strerror or error}).") from None
+        if found.version > FORMAT_VERSION:
+            raise StoreError(
+                f"{where}: store format {found.version}, this version reads up to {FORMAT_VERSION}. "
+                "Update emocache; nothing was changed."
+            )
+        return cls(storage, found.compression)
+
+    @classmethod
+    def open_or_create(
+        cls,
+        where: str | Path,
+        *,
+        compression: Compression = "none",
+        single_committer: bool = False,
+    ) -> TokenStore:
+        """Open a store for writing, creating it in an empty or new place.
+
+        Args:
+            where: A folder, or a URL such as `s3://bucket/prefix`.
+            compression: Of a store that is created; an existing one keeps its own.
+            single_committer: Permit a bucket that ignores create-once requests: the caller warrants
+                that one process at a time writes.
 
         Raises:
-            StoreError: The folder holds something else, or cannot be written.
+            StoreError: The place holds something else, cannot be written, or cannot keep two writers
+                apart.
         """
-        layout = Layout(root)
+        storage = open_storage(where)
+        if not isinstance(storage, LocalStorage):
+            from cache.object_storage import require_exactly_once
+
+            require_exactly_once(storage, single_committer=single_committer)
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            if not layout.marker.is_file():
-                # Another worker may be creating the store right now: its names are ours too.
-                names = (p.name for p in root.iterdir() if not p.name.endswith(".partial"))
-                strangers = sorted(set(names) - layout.own_names)
-                if strangers:
-                    raise StoreError(
-                        f"{root}: not empty and not an emocache store (holds {strangers[0]!r}). "
-                        "Give a new or empty folder; nothing was changed."
-                    )
-                # Not by zarr: two workers that create the store at once must both succeed.
-                layout.zarr.mkdir(exist_ok=True)
-                root_group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-                create_once(layout.zarr / "zarr.json", json.dumps(root_group).encode())
-                marker = {"format": FORMAT_NAME, "version": FORMAT_VERSION}
-                create_once(layout.marker, json.dumps(marker).encode())
+            if layout.MARKER not in storage.names(""):
+                _create(storage, compression)
         except (NotADirectoryError, FileExistsError):
-            raise StoreError(f"{root}: is a file; give a folder for the store.") from None
-        except PermissionError as error:
-            raise StoreError(f"{root}: cannot be written ({error.strerror}).") from None
-        return cls.open(root)
+            raise StoreError(f"{where}: is a file; give a folder for the store.") from None
+        except OSError as error:
+            raise StoreError(f"{where}: cannot be written ({error.strerror or error}).") from None
+        return cls._open(storage)
 
     # ---------------------------------------------------------------- what is in it
 
     @cached_property
     def specs(self) -> dict[str, TokenSpec]:
         """The stored specs by spec_id."""
-        found: dict[str, TokenSpec] = {}
-        for path in sorted(self.layout.zarr.glob("*-*/zarr.json")):
-            attributes = json.loads(path.read_bytes()).get("attributes", {}).get("emocache")
-            if not isinstance(attributes, dict) or "spec" not in attributes:
-                continue
-            spec = decode(TokenSpec, attributes["spec"], str(path))
-            if spec.spec_id != attributes.get("spec_id"):
-                raise StoreError(
-                    f"{path}: the spec does not hash to its spec_id {attributes.get('spec_id')!r}. "
-                    "The metadata was edited or damaged; restore the file from a copy."
-                )
-            found[spec.spec_id] = spec
-        return found
+        keys = [f"{layout.ZARR}/{n}/zarr.json" for n in sorted(self.storage.folders(layout.ZARR))]
+        found = in_parallel(self._read_spec, keys, self.storage)
+        return {spec.spec_id: spec for spec in found if spec is not None}
+
+    def _read_spec(self, key: str) -> TokenSpec | None:
+        where = f"{self.root}/{key}"
+        try:
+            attributes = json.loads(self.storage.read(key)).get("attributes", {}).get("emocache")
+        except FileNotFoundError:
+            return None  # a writer is creating the group
+        except ValueError as error:
+            raise StoreError(
+                f"{where}: not a JSON document ({error}). Restore the file from a copy of the store."
+            ) from None
+        if not isinstance(attributes, dict) or "spec" not in attributes:
+            return None
+        spec = decode(TokenSpec, attributes["spec"], where)
+        if spec.spec_id != attributes.get("spec_id"):
+            raise StoreError(
+                f"{where}: the spec does not hash to its spec_id {attributes.get('spec_id')!r}. "
+                "The metadata was edited or damaged; restore the file from a copy."
+            )
+        return spec
 
     def close(self) -> None:
         """Close every file; the store may still be used and opens them again."""
-        self._shards.clear()
+        with self._lock:
+            self._shards.clear()
+            self._small.clear()
         self._arrays.clear()
 
     def refresh(self) -> None:
         """Forget what was read; later calls see what others have committed since."""
-        self._indexes.clear()
-        self.close()
+        self._forget()
         self.__dict__.pop("specs", None)
 
     def index(self, spec: TokenSpec) -> Index:
         """Return all committed entries of a spec (read once, see `refresh`)."""
         if spec.spec_id not in self._indexes:
-            self._indexes[spec.spec_id] = read_index(self.layout.commits(spec.spec_id))
+            self._indexes[spec.spec_id] = read_index(self.storage, spec.spec_id)
         return self._indexes[spec.spec_id]
 
+    def commits(self, spec: TokenSpec) -> Iterator[Commit]:
+        """Read the commit records of the units that count, one by one."""
+        index = self.index(spec)
+        for identity in unit_ids(self.storage, spec.spec_id):
+            if index.counts_unit(identity):
+                yield read_commit(self.storage, spec.spec_id, identity)
+
+    def sources(self, wanted: TokenSpec) -> list[TokenSpec]:
+        """Return the stored specs that hold what `wanted` asks for: itself first, then richer ones."""
+        found = [spec for spec in self.specs.values() if spec.serves(wanted)]
+        return sorted(found, key=lambda spec: (not wanted.accepts(spec), spec.spec_id))
+
     def resolve(self, wanted: TokenSpec) -> TokenSpec:
-        """Return the stored spec that `wanted` means.
+        """Return the stored spec that `wanted` means, or a richer one that serves it.
 
         A wanted spec may leave the weights digest open; then one stored spec must fit.
 
@@ -176,20 +246,20 @@ class TokenStore:
             SpecMismatchError: Only tokens of other specs (the differing fields are listed), or
                 several that fit.
         """
-        same_stream = [s for s in self.specs.values() if s.stream == wanted.stream]
-        fitting = [s for s in same_stream if wanted.accepts(s)]
-        if len(fitting) == 1:
-            return fitting[0]
-        if len(fitting) > 1:
-            digests = ", ".join(f"{s.encoder.weights_sha256}" for s in fitting)
+        fitting = self.sources(wanted)
+        digests = {spec.encoder.weights_sha256 for spec in fitting}
+        if len(digests) > 1:
             raise SpecMismatchError(
-                f"{self.layout.root}: {len(fitting)} stored {wanted.stream} specs fit, of different "
+                f"{self.root}: {len(fitting)} stored {wanted.stream} specs fit, of different "
                 f"weights. Choose one with tokens.{wanted.stream}.encoder.weights_sha256=... "
-                f"Stored: {digests}"
+                f"Stored: {', '.join(sorted(map(str, digests)))}"
             )
+        if fitting:
+            return fitting[0]
+        same_stream = [s for s in self.specs.values() if s.stream == wanted.stream]
         if not same_stream:
             raise CacheMissError(
-                f"{self.layout.root}: holds no {wanted.stream} tokens. "
+                f"{self.root}: holds no {wanted.stream} tokens. "
                 "Write them with: emocache extract PRESET --manifest ... --store ..."
             )
         nearest = min(same_stream, key=lambda s: len(differences(wanted, s)))
@@ -197,7 +267,7 @@ class TokenStore:
         if not wanted.is_resolved:
             fields.pop("encoder.weights_sha256", None)
         raise SpecMismatchError(
-            f"{self.layout.root}: no {wanted.stream} tokens of the wanted spec. "
+            f"{self.root}: no {wanted.stream} tokens of the wanted spec. "
             f"The nearest stored spec is {nearest.spec_id}: {describe_differences(fields)}. "
             "Extract with the wanted settings, or change the settings to the stored ones."
         )
@@ -210,14 +280,44 @@ class TokenStore:
         Raises:
             CacheMissError: Nothing is.
         """
-        found = self.index(spec).entries.get(key)
+        found = self.index(spec).get(key)
         if found is None:
             raise CacheMissError(
                 f"{uid or key[:16]}: no committed {spec.stream} tokens under spec {spec.spec_id} in "
-                f"{self.layout.root}. Create them with: emocache extract PRESET --manifest ... "
-                f"--store {self.layout.root}"
+                f"{self.root}. Create them with: emocache extract PRESET --manifest ... "
+                f"--store {self.root}"
             )
         return found
+
+    def find(self, sources: Sequence[TokenSpec], key: str) -> tuple[TokenSpec, Entry] | None:
+        """Return the first source that has a clip, and its entry; a failed one only if no other has.
+
+        Args:
+            sources: Stored specs, from `sources`.
+            key: Token key, equal under all of them.
+        """
+        failed = None
+        for spec in sources:
+            entry = self.index(spec).get(key)
+            if entry is not None and entry.status is not Status.FAILED:
+                return spec, entry
+            failed = failed or (None if entry is None else (spec, entry))
+        return failed
+
+    def ok_entry(self, spec: TokenSpec, key: str, uid: str | None = None) -> Entry:
+        """Return a clip's entry if there are tokens.
+
+        Raises:
+            CacheMissError: Nothing is committed, or the clip is absent or failed.
+        """
+        entry = self.entry(spec, key, uid)
+        if entry.status is not Status.OK:
+            raise CacheMissError(
+                f"{uid or key[:16]}: the {spec.stream} stream is {entry.status.value}"
+                f"{f' ({entry.reason})' if entry.reason else ''}, so there are no tokens. "
+                "Mask the stream or leave the clip out."
+            )
+        return entry
 
     def read(self, spec: TokenSpec, key: str, uid: str | None = None) -> StoredTokens:
         """Read a clip's valid tokens.
@@ -231,60 +331,141 @@ class TokenStore:
             CacheMissError: Nothing is committed, or the clip is absent or failed.
             CorruptTokensError: The stored bytes fail their checksum.
         """
-        entry = self.entry(spec, key, uid)
-        if entry.status is not Status.OK:
-            raise CacheMissError(
-                f"{uid or key[:16]}: the {spec.stream} stream is {entry.status.value}"
-                f"{f' ({entry.reason})' if entry.reason else ''}, so there are no tokens. "
-                "Mask the stream or leave the clip out."
-            )
+        stored, entry = self.read_stored(spec, key, uid)
+        if isinstance(stored, Quantized):
+            return StoredTokens(dequantize(stored), entry)
+        if spec.dtype == "bfloat16":
+            return StoredTokens(stored.view(ml_dtypes.bfloat16), entry)
+        return StoredTokens(stored, entry)
+
+    def read_stored(
+        self, spec: TokenSpec, key: str, uid: str | None = None
+    ) -> tuple[Values | Quantized, Entry]:
+        """Read a clip's valid tokens as they are stored: bfloat16 as uint16 bits, int8 with scales.
+
+        Raises:
+            CacheMissError: Nothing is committed, or the clip is absent or failed.
+            CorruptTokensError: The stored bytes fail their checksum.
+        """
+        entry = self.ok_entry(spec, key, uid)
         try:
-            tokens = self._read_tokens(spec, entry)
+            return self._read_stored(spec, entry, uid), entry
+        except FileNotFoundError:
+            # Compaction moved the clip, and garbage collection removed the old shard: look again.
+            self.refresh()
+            moved = self.ok_entry(spec, key, uid)
+            if moved.row == entry.row:
+                raise self.corrupt(spec, entry, uid, "its shard is gone") from None
+            return self.read_stored(spec, key, uid)
+
+    def _read_stored(self, spec: TokenSpec, entry: Entry, uid: str | None) -> Values | Quantized:
+        plan = self.plan(spec)
+        try:
+            if plan is None:
+                tokens = self.read_with_zarr(spec, entry)
+                checksum = crc32c(tokens)
+            else:
+                tokens = np.empty((entry.valid_len, *plan.tail[1:]), plan.dtype)
+                number, place = divmod(entry.row, CLIPS_PER_SHARD)
+                found = self.shard(spec, number).read_into(tokens, place, check=True)
+                assert found is not None
+                checksum = found
+            if checksum != entry.crc32c:
+                raise CorruptTokensError("CRC-32C differs from the commit record")
+            if spec.dtype != "int8":
+                return tokens
+            return Quantized(tokens, *self.scales(spec, entry))
+        except FileNotFoundError:
+            raise
         except (ValueError, OSError, CorruptTokensError) as error:
-            raise self._corrupt(spec, entry, uid, str(error)) from error
-        if crc32c(tokens) != entry.crc32c:
-            raise self._corrupt(spec, entry, uid, "CRC-32C differs from the commit record")
-        return StoredTokens(tokens, entry)
+            raise self.corrupt(spec, entry, uid, str(error)) from error
 
-    def _read_tokens(self, spec: TokenSpec, entry: Entry) -> Floats:
-        """Read by byte range where the array has our layout, else through zarr-python."""
-        plan = arrays(spec)[0]
-        if spec.spec_id not in self._is_plain:
-            metadata = (self.layout.group(spec) / plan.name / "zarr.json").read_bytes()
-            self._is_plain[spec.spec_id] = can_read(json.loads(metadata), plan)
-        if not self._is_plain[spec.spec_id]:
-            return self.read_with_zarr(spec, entry)
+    def plan(self, spec: TokenSpec) -> ArrayPlan | None:
+        """Return the plan of a spec's tokens if they can be read by byte range; None for zarr's path."""
+        if spec.spec_id not in self._plans:
+            key = f"{layout.group(spec)}/tokens/zarr.json"
+            try:
+                metadata = json.loads(self.storage.read(key))
+            except ValueError as error:
+                raise StoreError(
+                    f"{self.root}/{key}: not a JSON document ({error}). `emocache store doctor` "
+                    "writes it again."
+                ) from None
+            compression = can_read(metadata, layout.arrays(spec)[0])
+            self._plans[spec.spec_id] = (
+                None if compression is None else layout.arrays(spec, compression)[0]
+            )
+        return self._plans[spec.spec_id]
+
+    def shard(self, spec: TokenSpec, number: int, *, memory_map: bool = False) -> Shard:
+        """Return a shard, open; safe among threads.
+
+        Raises:
+            FileNotFoundError: It is gone.
+            CorruptTokensError: It is truncated, or its index is damaged.
+        """
+        name = (spec.spec_id, number, memory_map)
+        with self._lock:
+            found = self._shards.get(name)
+            if found is not None:
+                self._shards.move_to_end(name)
+                return found
+        plan = self.plan(spec)
+        assert plan is not None
+        key = f"{layout.group(spec)}/{plan.name}/{plan.chunk_file(number)}"
+        opened = Shard(self.storage, key, plan, memory_map=memory_map)
+        with self._lock:
+            self._shards[name] = opened
+            while len(self._shards) > _max_open_shards():
+                self._shards.popitem(last=False)
+        return opened
+
+    def scales(self, spec: TokenSpec, entry: Entry) -> tuple[Values, Values]:
+        """Return `token_scale` (of the valid tokens) and `channel_exponent` of an int8 clip."""
         number, place = divmod(entry.row, CLIPS_PER_SHARD)
-        shard = self._shards.pop((spec.spec_id, number), None)
-        if shard is None:
-            shard = Shard(self.layout.group(spec) / plan.name / plan.chunk_file(number), plan)
-            if len(self._shards) >= _OPEN_SHARDS:
-                self._shards.pop(next(iter(self._shards)))  # the one that was used longest ago
-        self._shards[spec.spec_id, number] = shard
-        return shard.read(place, entry.valid_len)
+        found = [self._unit_part(spec, n, number) for n in ("token_scale", "channel_exponent")]
+        return found[0][place][: entry.valid_len], found[1][place]
 
-    def read_with_zarr(self, spec: TokenSpec, entry: Entry) -> Floats:
-        """Read a clip's valid tokens through zarr-python: slower, for any layout."""
+    def _unit_part(self, spec: TokenSpec, array: str, number: int) -> Values:
+        """Return one unit's rows of a small array."""
+        name = (spec.spec_id, array, number)
+        with self._lock:
+            if name in self._small:
+                return self._small[name]
+        (plan,) = (p for p in layout.arrays(spec) if p.name == array)
+        key = f"{layout.group(spec)}/{array}/{plan.chunk_file(number)}"
+        found = decode_chunk(plan, self.storage.read(key))
+        with self._lock:
+            self._small[name] = found
+            while len(self._small) > _max_open_shards():
+                self._small.popitem(last=False)
+        return found
+
+    def read_with_zarr(self, spec: TokenSpec, entry: Entry) -> Values:
+        """Read a clip's valid tokens as stored through zarr-python: slower, for any layout."""
         array = self._array(spec, "tokens", rows=entry.row + 1)
         return np.asarray(array[entry.row, : entry.valid_len])
 
-    def _corrupt(
+    def corrupt(
         self, spec: TokenSpec, entry: Entry, uid: str | None, why: str
     ) -> CorruptTokensError:
+        """Return the error for a clip whose stored bytes are damaged."""
         return CorruptTokensError(
             f"{uid or entry.key[:16]}: damaged {spec.stream} tokens, row {entry.row} of "
-            f"{self.layout.group(spec)} ({why}). Restore that shard from a copy of the store."
+            f"{self.root}/{layout.group(spec)} ({why}). Restore that shard from a copy of the store."
         )
 
     def _array(self, spec: TokenSpec, name: str, rows: int = 0) -> ZarrArray:
         """Return an array for reading, at least `rows` long.
 
         Its metadata may be shorter than what is committed if the writer that extended it was
-        killed (`_grow`); the commit record is the truth, so the length is corrected in memory.
+        killed (`UnitWriter._grow`); the commit record is the truth, so the length is corrected in
+        memory.
         """
         known = self._arrays.get((spec.spec_id, name))
         if known is None or known.shape[0] < rows:
-            known = zarr.open_array(self.layout.group(spec) / name, mode="r", zarr_format=3)
+            where = self.storage.zarr_store(layout.group(spec))
+            known = zarr.open_array(where, path=name, mode="r", zarr_format=3)
             if known.shape[0] < rows:
                 metadata = replace(known.metadata, shape=(rows, *known.shape[1:]))
                 known = ZarrArray(replace(known.async_array, metadata=metadata))
@@ -307,6 +488,7 @@ class TokenStore:
         clips: Sequence[ClipTokens],
         provenance: Mapping[str, str],
         after: Iterable[str] = (),
+        replaces: Sequence[str] = (),
     ) -> Commit:
         """Write a unit of clips and make it visible, all or nothing, once.
 
@@ -317,17 +499,31 @@ class TokenStore:
             clips: 1 to `CLIPS_PER_SHARD`, distinct keys.
             provenance: Library versions and device.
             after: Units that recorded some of these clips as failed (see `unit_id`).
+            replaces: Units all of whose clips that count are among these (compaction).
 
         Raises:
             CorruptTokensError: Tokens of another shape, or with NaN or infinity: nothing is written.
             StoreError: The disk is full or cannot be written: nothing becomes visible.
         """
-        commit = UnitWriter(self.layout, spec).commit(clips, provenance, after)
+        writer = self._writers.get(spec.spec_id)
+        if writer is None:
+            writer = UnitWriter(self.storage, spec, self.compression)
+            self._writers[spec.spec_id] = writer
+        commit = writer.commit(clips, provenance, after, replaces)
         self.__dict__.pop("specs", None)
         index = self._indexes.get(spec.spec_id)
-        if index is not None and all(c.unit_id != commit.unit_id for c in index.commits):
+        if index is not None and not index.has_unit(commit.unit_id):
             index.add(commit)
+        self._own_commits[spec.spec_id] = self._own_commits.get(spec.spec_id, 0) + 1
+        if self._own_commits[spec.spec_id] % _SNAPSHOT_EVERY == 0:
+            self.write_snapshot(spec)
         return commit
+
+    def write_snapshot(self, spec: TokenSpec) -> str:
+        """Write a spec's index as a snapshot, so that the store opens quickly; return its key."""
+        index = read_index(self.storage, spec.spec_id)
+        self._indexes[spec.spec_id] = index
+        return write_snapshot(self.storage, spec.spec_id, index)
 
     # ---------------------------------------------------------------- golden probe
 
@@ -343,11 +539,10 @@ class TokenStore:
         Raises:
             SpecMismatchError: The answers differ.
         """
-        path = self.layout.probe(spec.spec_id)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if create_once(path, json.dumps([float(v) for v in values]).encode()):
+        key = layout.probe(spec.spec_id)
+        if self.storage.create(key, json.dumps([float(v) for v in values]).encode()):
             return
-        recorded = np.asarray(json.loads(path.read_bytes()), np.float64)
+        recorded = np.asarray(json.loads(self.storage.read(key)), np.float64)
         got = np.asarray(values, np.float64)
         worst = math.inf
         if recorded.shape == got.shape:
@@ -355,8 +550,37 @@ class TokenStore:
             worst = float(np.abs(recorded - got).max()) / scale
         if not worst <= _PROBE_TOLERANCE:
             raise SpecMismatchError(
-                f"{self.layout.root}: the {spec.stream} encoder answers the fixed input differently "
+                f"{self.root}: the {spec.stream} encoder answers the fixed input differently "
                 f"from when spec {spec.spec_id} was first extracted (relative difference "
                 f"{worst:.3g}, allowed {_PROBE_TOLERANCE}). A library or device changed its numbers. "
                 "Restore the versions that `emocache store show` prints, or use a new store."
             )
+
+
+def _after_fork() -> None:
+    for store in list(_alive):
+        store._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _create(storage: Storage, compression: Compression) -> None:
+    """Make a store in an empty or new place. Two workers that do so at once both succeed."""
+    names = [*storage.names(""), *storage.folders("")]
+    strangers = sorted(set(names) - layout.OWN_NAMES)
+    if strangers:
+        raise StoreError(
+            f"{storage.url}: not empty and not an emocache store (holds {strangers[0]!r}). "
+            "Give a new or empty folder; nothing was changed."
+        )
+    root_group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+    storage.create(f"{layout.ZARR}/zarr.json", json.dumps(root_group).encode())
+    marker = _Marker(format=FORMAT_NAME, version=FORMAT_VERSION, compression=compression)
+    storage.create(layout.MARKER, marker.model_dump_json().encode())
+
+
+def _max_open_shards() -> int:
+    """Shards that stay open: a quarter of the files that this process may open."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(16, min(4096, soft // 4))

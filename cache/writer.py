@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
-import uuid
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import MemoryStore
 
-from cache.commit import ClipTokens, Commit, Entry, Status, read_commit, unit_id, write_commit
+from cache import layout
+from cache.commit import (
+    ClipTokens,
+    Commit,
+    Entry,
+    Status,
+    read_commit,
+    unit_id,
+    write_commit,
+)
 from cache.errors import CorruptTokensError, StoreError
-from cache.files import create_once, fsync_file, fsync_folder, write_aside
-from cache.layout import CLIPS_PER_SHARD, ArrayPlan, Layout, arrays, group_attributes
-from cache.shards import Floats, Shard, crc32c, write_shard
+from cache.layout import CLIPS_PER_SHARD, ArrayPlan, Compression
+from cache.quantize import Quantized, quantize
+from cache.shards import Shard, Values, crc32c, encode_chunk, encode_shard
 from cache.spec import TokenSpec
+from cache.storage import Storage
 
 
 class UnitWriter:
@@ -32,172 +44,231 @@ class UnitWriter:
     this attempt's files are removed.
     """
 
-    def __init__(self, layout: Layout, spec: TokenSpec) -> None:
-        """Write clips of a resolved `spec` to the store at `layout`."""
-        self.layout = layout
+    def __init__(
+        self, storage: Storage, spec: TokenSpec, compression: Compression = "none"
+    ) -> None:
+        """Write clips of a resolved `spec`."""
+        self.storage = storage
         self.spec = spec
+        self.plans = layout.arrays(spec, compression)
+        self._group = layout.group(spec)
+        self._next_claim = 0
+        self._is_ready = False
 
     def commit(
-        self, clips: Sequence[ClipTokens], provenance: Mapping[str, str], after: Iterable[str]
+        self,
+        clips: Sequence[ClipTokens],
+        provenance: Mapping[str, str],
+        after: Iterable[str] = (),
+        replaces: Sequence[str] = (),
     ) -> Commit:
         """Commit one unit; see `TokenStore.commit`."""
-        spec = self.spec
-        _check_unit(spec, clips)
-        identity = unit_id(spec.spec_id, (c.key for c in clips), after)
-        commits = self.layout.commits(spec.spec_id)
-        known = commits / f"{identity}.json"
-        if known.is_file():
-            return read_commit(known)
+        _check_unit(self.spec, clips)
+        after = set(after)
+        while True:
+            identity = unit_id(self.spec.spec_id, (c.key for c in clips), after)
+            commit = self._known(identity) or self._attempt(
+                identity, clips, provenance, tuple(replaces)
+            )
+            if not commit.abandoned:
+                return commit
+            # Garbage collection took this unit's writer for dead, and closed it.
+            after.add(identity)
+
+    def _known(self, identity: str) -> Commit | None:
+        try:
+            return read_commit(self.storage, self.spec.spec_id, identity)
+        except FileNotFoundError:
+            return None
+
+    def _attempt(
+        self,
+        identity: str,
+        clips: Sequence[ClipTokens],
+        provenance: Mapping[str, str],
+        replaces: tuple[str, ...],
+    ) -> Commit:
         shard: int | None = None
         try:
             self._ensure_group()
-            shard = self._claim()
-            self._grow()
-            entries = self._write_shard(shard, clips)
+            shard = self._claim(identity)
+            self._grow(shard)
+            entries, n_bytes = self._write_shard(shard, clips)
             commit = Commit(
                 unit_id=identity,
-                spec_id=spec.spec_id,
+                spec_id=self.spec.spec_id,
                 shard=shard,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 provenance=dict(provenance),
-                n_bytes=sum(p.stat().st_size for p in self._shard_files(shard)),
+                n_bytes=n_bytes,
                 clips=tuple(entries),
+                replaces=replaces,
             )
-            won = write_commit(commits, commit)
+            if write_commit(self.storage, commit):
+                return commit
+            self._discard(shard)
         except OSError as error:
             if shard is not None:
                 self._discard(shard)
+            if (known := self._known(identity)) is not None:
+                return known  # abandoned meanwhile, and its files removed under our hands
             raise StoreError(
-                f"{self.layout.root}: cannot write ({error.strerror or error}). Nothing of this unit "
+                f"{self.storage.url}: cannot write ({error.strerror or error}). Nothing of this unit "
                 "became visible; free space or fix the permissions and run the same command again."
             ) from error
-        if not won:
-            self._discard(shard)
-            return read_commit(known)
-        return commit
+        known = self._known(identity)
+        assert known is not None, "create-once was refused, so the record is there"
+        return known
 
     def _ensure_group(self) -> None:
-        """Create the spec's group with empty arrays: whole, by renaming a finished folder."""
-        final = self.layout.group(self.spec)
-        if final.is_dir():
-            return
-        aside = self.layout.root / f".{final.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
-        try:
-            group = zarr.create_group(aside, zarr_format=3, attributes=group_attributes(self.spec))
-            for plan in arrays(self.spec):
-                create_array(group, plan)
-            with contextlib.suppress(OSError):  # another worker was first: the folder is not empty
-                aside.rename(final)
-            if not final.is_dir():
-                raise StoreError(f"{final}: cannot be created; check the folder's permissions.")
-            fsync_folder(final.parent)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        """Create the spec's group with empty arrays; its own metadata last, which shows the group.
 
-    def _claim(self) -> int:
+        Every worker writes the same bytes, so it does not matter whose come first.
+        """
+        if self._is_ready:
+            return
+        try:
+            self.storage.size(f"{self._group}/zarr.json")
+        except FileNotFoundError:
+            for key, data in group_metadata(self.spec, self.plans).items():
+                self.storage.create(f"{self._group}/{key}", data)
+        self._is_ready = True
+
+    def _claim(self, identity: str) -> int:
         """Take the next free shard number for this attempt alone."""
-        folder = self.layout.claims(self.spec.spec_id)
-        folder.mkdir(parents=True, exist_ok=True)
-        shard = self._n_claimed()
-        while not create_once(folder / f"{shard:08d}", f"pid {os.getpid()}\n".encode()):
+        folder = layout.claims(self.spec.spec_id)
+        note = {"unit_id": identity, "host": socket.gethostname(), "pid": os.getpid()}
+        shard = self._next_claim or self._n_claimed()
+        while not self.storage.create(f"{folder}/{shard:08d}", json.dumps(note).encode()):
             shard += 1
+        self._next_claim = shard + 1
         return shard
 
     def _n_claimed(self) -> int:
-        names = [
-            p.name for p in self.layout.claims(self.spec.spec_id).iterdir() if p.name.isdigit()
-        ]
-        return max(map(int, names), default=-1) + 1
+        names = self.storage.names(layout.claims(self.spec.spec_id))
+        return max((int(name) for name in names if name.isdigit()), default=-1) + 1
 
-    def _grow(self) -> None:
+    def _grow(self, shard: int) -> None:
         """Make every array long enough for all claimed shards.
 
         Array metadata is replaced as a whole, so two growing writers may overwrite one another.
         Each therefore writes the length that all *claims* need and looks again afterwards: whoever
-        writes last leaves the greatest.
+        writes last leaves the greatest. Large stores grow by an eighth at a time, so that few
+        commits have to list the claims.
         """
+        wanted = shard + 1
         while True:
-            wanted = self._n_claimed() * CLIPS_PER_SHARD
             short = False
-            for plan in arrays(self.spec):
-                path = self.layout.group(self.spec) / plan.name / "zarr.json"
-                metadata = json.loads(path.read_bytes())
-                if metadata["shape"][0] < wanted:
+            for plan in self.plans:
+                key = f"{self._group}/{plan.name}/zarr.json"
+                metadata = json.loads(self.storage.read(key))
+                if metadata["shape"][0] < wanted * CLIPS_PER_SHARD:
+                    if not short:
+                        n_claimed = self._n_claimed()
+                        wanted = max(wanted, n_claimed + n_claimed // 8)
                     short = True
-                    metadata["shape"][0] = wanted
-                    with write_aside(path) as aside:
-                        aside.write_text(json.dumps(metadata, indent=2))
+                    metadata["shape"][0] = wanted * CLIPS_PER_SHARD
+                    self.storage.replace(key, json.dumps(metadata, indent=2).encode())
             if not short:
                 return
 
-    def _write_shard(self, shard: int, clips: Sequence[ClipTokens]) -> list[Entry]:
-        tokens_plan, *small_plans = arrays(self.spec)
+    def _write_shard(self, shard: int, clips: Sequence[ClipTokens]) -> tuple[list[Entry], int]:
+        tokens_plan, *small_plans = self.plans
         start = shard * CLIPS_PER_SHARD
-        rows = slice(start, start + CLIPS_PER_SHARD)
         small = {p.name: np.full((CLIPS_PER_SHARD, *p.tail), p.fill, p.dtype) for p in small_plans}
-        stored = [
-            None if c.tokens is None else c.tokens.astype(self.spec.dtype, copy=False)
-            for c in clips
-        ]
-        entries = []
-        for offset, (clip, tokens) in enumerate(zip(clips, stored, strict=True)):
-            valid_len, checksum = 0, None
-            if tokens is not None:
-                valid_len, checksum = len(tokens), crc32c(tokens)
-                if self.spec.frames is not None:
-                    small["frame_index"][offset] = clip.frame_index
-                    small["frame_pts_s"][offset] = clip.frame_pts_s
-            small["valid_len"][offset] = valid_len
-            small["status"][offset] = clip.status.code
-            small["clip"][offset] = np.frombuffer(bytes.fromhex(clip.key), np.uint8)
-            entries.append(
-                Entry(
+        entries: list[Entry] = []
+
+        def stored() -> Iterable[Values | None]:
+            # One clip at a time: no more than that is held beside the caller's.
+            for place, clip in enumerate(clips):
+                values = None
+                if clip.tokens is not None:
+                    values = self._stored(clip.tokens, {n: a[place] for n, a in small.items()})
+                if values is not None and self.spec.frames is not None:
+                    small["frame_index"][place] = clip.frame_index
+                    small["frame_pts_s"][place] = clip.frame_pts_s
+                entry = Entry(
                     key=clip.key,
-                    row=start + offset,
+                    row=start + place,
                     status=clip.status,
-                    valid_len=valid_len,
-                    crc32c=checksum,
+                    valid_len=0 if values is None else len(values),
+                    crc32c=None if values is None else crc32c(values),
                     reason=clip.reason,
                     remark=clip.remark,
                     truncated=clip.truncated,
                 )
-            )
-        group = self.layout.group(self.spec)
-        path = group / tokens_plan.name / tokens_plan.chunk_file(shard)
-        write_shard(path, tokens_plan, stored)
-        for name, values in small.items():
-            zarr.open_array(group / name, mode="r+", zarr_format=3)[rows] = values
-        for file in self._shard_files(shard):
-            fsync_file(file)
-            fsync_folder(file.parent)
-        self._read_back(path, tokens_plan, entries)
-        return entries
+                small["valid_len"][place] = entry.valid_len
+                small["status"][place] = clip.status.code
+                small["clip"][place] = np.frombuffer(bytes.fromhex(clip.key), np.uint8)
+                entries.append(entry)
+                yield values
 
-    def _read_back(self, path: Path, plan: ArrayPlan, entries: Sequence[Entry]) -> None:
-        """Compare what stands on the disk with what was meant, clip by clip."""
-        shard = Shard(path, plan)
+        key = f"{self._group}/{tokens_plan.name}/{tokens_plan.chunk_file(shard)}"
+        n_bytes = self.storage.write(key, encode_shard(tokens_plan, stored()))
+        for plan in small_plans:
+            data = encode_chunk(plan, small[plan.name])
+            n_bytes += len(data)
+            small_key = f"{self._group}/{plan.name}/{plan.chunk_file(shard)}"
+            self.storage.replace(small_key, data, durable=not plan.is_derived)
+        self._read_back(key, tokens_plan, entries)
+        return entries, n_bytes
+
+    def _stored(self, tokens: Values | Quantized, small: Mapping[str, Values]) -> Values:
+        """Return a clip's tokens as they are stored; scales go to the small arrays."""
+        if self.spec.dtype == "int8":
+            found = tokens if isinstance(tokens, Quantized) else quantize(tokens)
+            small["token_scale"][: len(found.values)] = found.token_scale
+            small["channel_exponent"][:] = found.channel_exponent
+            return found.values
+        assert not isinstance(tokens, Quantized)
+        if self.spec.dtype == "bfloat16":
+            return tokens.astype(ml_dtypes.bfloat16, copy=False).view(np.uint16)
+        return tokens.astype(self.spec.dtype, copy=False)
+
+    def _read_back(self, key: str, plan: ArrayPlan, entries: Sequence[Entry]) -> None:
+        """Compare what stands in the storage with what was meant, clip by clip."""
+        shard = Shard(self.storage, key, plan)
         for place, entry in enumerate(entries):
             if entry.crc32c is None:
                 continue
             if crc32c(shard.read(place, entry.valid_len)) != entry.crc32c:
                 raise CorruptTokensError(
-                    f"{path}: reads back differently from what was written; nothing was committed. "
-                    "Check the disk and run the command again."
+                    f"{self.storage.url}/{key}: reads back differently from what was written; nothing "
+                    "was committed. Check the disk and run the command again."
                 )
 
-    def _shard_files(self, shard: int) -> list[Path]:
-        """Files of one unit that exist (an all-fill part of an array has none)."""
-        group = self.layout.group(self.spec)
-        files = [group / plan.name / plan.chunk_file(shard) for plan in arrays(self.spec)]
-        return [f for f in files if f.is_file()]
-
     def _discard(self, shard: int) -> None:
-        for path in self._shard_files(shard):
-            path.unlink(missing_ok=True)
+        for plan in self.plans:
+            self.storage.delete(f"{self._group}/{plan.name}/{plan.chunk_file(shard)}")
 
 
-def create_array(group: zarr.Group, plan: ArrayPlan) -> None:
+def group_metadata(spec: TokenSpec, plans: Sequence[ArrayPlan]) -> dict[str, bytes]:
+    """Return the metadata files of a spec's empty group, relative to it, the group's own last."""
+    memory = MemoryStore()
+    group = zarr.create_group(memory, zarr_format=3, attributes=layout.group_attributes(spec))
+    for plan in plans:
+        attributes = {"torch_dtype": "bfloat16"} if _is_bfloat16(spec, plan) else {}
+        create_array(group, plan, attributes)
+    keys = [f"{plan.name}/zarr.json" for plan in plans] + ["zarr.json"]
+    found = {}
+    for key in keys:
+        data = sync(memory.get(key, default_buffer_prototype()))
+        assert data is not None
+        found[key] = data.to_bytes()
+    return found
+
+
+def _is_bfloat16(spec: TokenSpec, plan: ArrayPlan) -> bool:
+    return spec.dtype == "bfloat16" and plan.name == "tokens"
+
+
+def create_array(
+    group: zarr.Group, plan: ArrayPlan, attributes: dict[str, Any] | None = None
+) -> None:
     """Create an empty array of a spec's group, as the plan says."""
+    blosc = BloscCodec(
+        cname="zstd", clevel=1, shuffle="shuffle", typesize=np.dtype(plan.dtype).itemsize
+    )
     group.create_array(
         plan.name,
         shape=(0, *plan.tail),
@@ -205,9 +276,10 @@ def create_array(group: zarr.Group, plan: ArrayPlan) -> None:
         chunks=plan.chunk,
         shards=plan.shard,
         serializer=BytesCodec(),
-        compressors=[Crc32cCodec()],
+        compressors=[*([blosc] if plan.compression == "zstd" else []), Crc32cCodec()],
         fill_value=plan.fill,
         dimension_names=plan.dimensions,
+        attributes=attributes,
     )
 
 
@@ -223,7 +295,12 @@ def _check_unit(spec: TokenSpec, clips: Sequence[ClipTokens]) -> None:
             raise CorruptTokensError(f"{clip.key[:16]}: status {clip.status} and tokens disagree")
         if clip.tokens is None:
             continue
-        shape = clip.tokens.shape
+        tokens = clip.tokens
+        shape = (tokens.values if isinstance(tokens, Quantized) else tokens).shape
+        if isinstance(tokens, Quantized) and spec.dtype != "int8":
+            raise CorruptTokensError(
+                f"{clip.key[:16]}: quantised tokens for a spec of {spec.dtype}"
+            )
         ragged = spec.stream == "audio"
         fits = shape[1:] == wanted[1:] and (
             0 < shape[0] <= wanted[0] if ragged else shape[0] == wanted[0]
@@ -240,7 +317,10 @@ def _check_unit(spec: TokenSpec, clips: Sequence[ClipTokens]) -> None:
             )
 
 
-def is_storable(tokens: Floats, spec: TokenSpec) -> bool:
+def is_storable(tokens: Values | Quantized, spec: TokenSpec) -> bool:
     """True if every value is finite in the spec's stored dtype."""
+    if isinstance(tokens, Quantized):
+        return bool(np.isfinite(tokens.token_scale).all())
+    dtype = {"bfloat16": ml_dtypes.bfloat16, "int8": tokens.dtype}.get(spec.dtype, spec.dtype)
     with np.errstate(over="ignore"):
-        return bool(np.isfinite(tokens.astype(spec.dtype, copy=False)).all())
+        return bool(np.isfinite(tokens.astype(dtype, copy=False)).all())

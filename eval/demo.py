@@ -97,6 +97,6 @@ def demo(
         )
     out.print(score_table(result.rows))
     out.print(f"done in {time.monotonic() - started:.0f} s", highlight=False)
-    for name, path in (("store", store.layout.root), ("run", run), ("report", result.report_html)):
+    for name, path in (("store", store.root), ("run", run), ("report", result.report_html)):
         out.print(f"{name:<7}{path}", highlight=False, soft_wrap=True)
     return result

@@ -133,7 +133,7 @@ def evaluate(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         preset=trained.preset.name,
         run_path=str(run),
-        store_path=str(store.layout.root),
+        store_path=str(store.root),
         rows=tuple(rows),
         history=_history(run / "metrics.jsonl"),
         throughput=_throughput(trained, clips_per_s),
@@ -207,7 +207,7 @@ def _store_rows(store: TokenStore, reader: ViewReader) -> tuple[StoreRow, ...]:
     for stream in STREAMS:
         spec = reader.specs[stream]
         index = store.index(spec)
-        counts = Counter(entry.status for entry in index.entries.values())
+        counts = index.counts()
         rows.append(
             StoreRow(
                 stream=stream,
@@ -215,7 +215,7 @@ def _store_rows(store: TokenStore, reader: ViewReader) -> tuple[StoreRow, ...]:
                 n_ok=counts[Status.OK],
                 n_absent=counts[Status.ABSENT],
                 n_failed=counts[Status.FAILED],
-                size_bytes=sum(commit.n_bytes for commit in index.commits),
+                size_bytes=index.n_bytes,
             )
         )
     return tuple(rows)

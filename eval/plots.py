@@ -1,4 +1,4 @@
-"""The two figures of a report, each as inline SVG for the HTML page and as PNG beside Markdown.
+"""The figures of a report, each as inline SVG for the HTML page and as PNG beside Markdown.
 
 The SVG takes its colours from CSS variables of the page (`currentColor`, `--rule`, `--muted`,
 `--accent`, `--warn`), so one drawing serves light and dark mode. The hues, blue and vermilion of
@@ -11,13 +11,17 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from io import BytesIO, StringIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from cache.errors import MissingDependencyError
+from cache.files import write_aside
+from cache.statistics import OUTLIER_FACTOR, TokenStatistics
 from eval.metrics import SingleLabelScores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 OFF_LIST: Final = "off list"
@@ -87,6 +91,22 @@ def draw_training(curves: Sequence[Curve]) -> Plot:
         MissingDependencyError: matplotlib is not installed.
     """
     return _draw(lambda theme: _training(curves, theme), "training")
+
+
+def plot_statistics(statistics: TokenStatistics, path: Path) -> Plot:
+    """Draw token norms, the channels by RMS, and the lengths of clips; write the PNG to `path`.
+
+    Returns:
+        Both forms, for a page that shows the figure as well.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        OSError: `path` cannot be written.
+    """
+    plot = _draw(lambda theme: _statistics(statistics, theme), f"statistics-{statistics.stream}")
+    with write_aside(path) as aside:
+        aside.write_bytes(plot.png)
+    return plot
 
 
 def _confusion(scores: SingleLabelScores, theme: _Theme) -> Figure:
@@ -182,6 +202,95 @@ def _training(curves: Sequence[Curve], theme: _Theme) -> Figure:
         _hide_spines(axes, "top", "right", "left")
         axes.spines["bottom"].set_color(theme.rule)
     return figure
+
+
+def _statistics(statistics: TokenStatistics, theme: _Theme) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.8, 3.3), layout="constrained")
+    norms, channels, lengths = figure.subplots(1, 3)
+    _token_norms(norms, statistics, theme)
+    _channel_rms(channels, statistics, theme)
+    _lengths(lengths, statistics, theme)
+    for axes in (norms, channels, lengths):
+        axes.grid(axis="y", color=theme.rule, lw=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(which="both", color=theme.rule)
+        _hide_spines(axes, "top", "right", "left")
+        axes.spines["bottom"].set_color(theme.rule)
+    return figure
+
+
+def _token_norms(axes: Axes, statistics: TokenStatistics, theme: _Theme) -> None:
+    shown, median = statistics.token_norms, statistics.token_norm.p50
+    zeros = f", {statistics.n_zero_tokens:,} are 0" if statistics.n_zero_tokens else ""
+    _head(axes, "token norms", f"median {median:.3g}{zeros}", theme)
+    axes.set_xlabel("L2 norm")
+    axes.set_ylabel("tokens")
+    if not shown.counts:
+        return
+    axes.stairs(shown.counts, shown.edges, fill=True, color=theme.accent)
+    axes.axvline(median, color=theme.muted, lw=1, ls=(0, (4, 3)))
+    low, high = shown.edges[0], shown.edges[-1]
+    if high > 10 * low:
+        axes.set_xscale("log")
+        _plain_numbers(axes.xaxis)
+    elif high < 1.1 * low:
+        axes.set_xlim(0.93 * low, 1.07 * high)
+
+
+def _channel_rms(axes: Axes, statistics: TokenStatistics, theme: _Theme) -> None:
+    values = sorted(statistics.channel_rms, reverse=True)
+    outliers = statistics.outlier_channels
+    note = f"{len(outliers) or 'none'} above {OUTLIER_FACTOR:g}x the median"
+    if outliers:
+        note += f", no. {outliers[0].channel} is {outliers[0].factor:.0f}x"
+    _head(axes, "RMS of channels", note, theme)
+    axes.set_xlabel("rank of the channel")
+    axes.set_ylabel("RMS")
+    axes.set_xscale("log")  # a few outliers among a thousand channels
+    _plain_numbers(axes.xaxis)
+    axes.plot(range(1, len(values) + 1), values, color=theme.accent, lw=1.4)
+    ranks = range(1, len(outliers) + 1)
+    axes.plot(ranks, [c.rms for c in outliers], "o", color=theme.warn, ms=3.5)
+    if values[0] > 10 * statistics.median_channel_rms > 0:
+        axes.set_yscale("log")
+        _plain_numbers(axes.yaxis, (1, 2, 5))
+    else:
+        axes.set_ylim(0, values[0] * 1.08 or 1)
+
+
+def _lengths(axes: Axes, statistics: TokenStatistics, theme: _Theme) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_ylabel("clips")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if statistics.durations_s is not None and statistics.duration_s is not None:
+        shown, median = statistics.durations_s, statistics.duration_s.p50
+        _head(axes, "durations", f"median {median:.3g} s", theme)
+        axes.set_xlabel("valid sound [s]")
+        axes.stairs(shown.counts, shown.edges, fill=True, color=theme.accent)
+        axes.axvline(median, color=theme.muted, lw=1, ls=(0, (4, 3)))
+        return
+    _head(axes, "lengths", f"median {statistics.valid_len.p50:g}", theme)
+    axes.set_xlabel("stored frames" if statistics.stream == "video" else "stored tokens")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lengths, counts = zip(*statistics.valid_lens, strict=True)
+    axes.bar(lengths, counts, width=0.8, color=theme.accent)
+    axes.set_xlim(min(lengths) - 2, max(lengths) + 2)
+
+
+def _head(axes: Axes, title: str, note: str, theme: _Theme) -> None:
+    axes.set_title(f"{title}\n{note}", fontsize=9, color=theme.muted)
+
+
+def _plain_numbers(axis: Axis, steps: Sequence[int] = (1,)) -> None:
+    """Label a log axis with these steps of each decade: powers of ten would need math text."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _draw(build: Callable[[_Theme], Figure], name: str) -> Plot:

@@ -9,7 +9,7 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from cache.commit import Status
+from cache.commit import Status, read_commit
 from cache.spec import Stream, TokenSpec
 from cache.store import TokenStore
 from eval.report import human_size
@@ -40,13 +40,13 @@ def store_table(store: TokenStore) -> Table:
     table = _table("stream", "spec", "per clip", *numbers, numbers=numbers)
     for spec in sorted(store.specs.values(), key=lambda s: (s.stream, s.spec_id)):
         index = store.index(spec)
-        counts = Counter(entry.status for entry in index.entries.values())
+        counts = index.counts()
         table.add_row(
             spec.stream,
             spec.spec_id,
             shape_of(spec),
             *(f"{counts[status]:,}" for status in _STATUSES),
-            human_size(sum(commit.n_bytes for commit in index.commits)),
+            human_size(index.n_bytes),
         )
     return table
 
@@ -67,8 +67,10 @@ def clip_table(store: TokenStore, keys: Collection[str]) -> tuple[Table, list[st
     made = []
     for spec in sorted(store.specs.values(), key=lambda s: (s.stream, s.spec_id)):
         index = store.index(spec)
-        for key in sorted(set(keys) & index.entries.keys()):
-            entry = index.entries[key]
+        for key in sorted(keys):
+            entry = index.get(key)
+            if entry is None:
+                continue
             mean = std = frames = ""
             tokens = entry.reason or "-"
             if entry.status is Status.OK:
@@ -81,7 +83,7 @@ def clip_table(store: TokenStore, keys: Collection[str]) -> tuple[Table, list[st
                 elif indices:
                     frames = f"{indices[0]}-{indices[-1]}, {times[0]:.2f}-{times[-1]:.2f} s"
             table.add_row(spec.stream, entry.status.value, tokens, mean, std, frames)
-            commit = next(c for c in index.commits if any(e is entry for e in c.clips))
+            commit = read_commit(store.storage, spec.spec_id, index.unit_of(entry))
             versions = ", ".join(f"{k} {v}" for k, v in commit.provenance.items())
             remark = f", damage passed over: {entry.remark}" if entry.remark else ""
             made.append(f"{spec.stream}: spec {spec.spec_id}, {commit.created}, {versions}{remark}")

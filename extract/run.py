@@ -127,8 +127,8 @@ def _extract_unit(
             on_clip()
     for spec in unit.specs:
         clips = done[spec.stream]
-        superseded = store.index(spec).superseded
-        after = {unit_id for c in clips for unit_id in superseded.get(c.key, ())}
+        index = store.index(spec)
+        after = {unit_id for c in clips for unit_id in index.failed_in(c.key)}
         commit = store.commit(spec, clips, bank.provenance(spec), after)
         report.encoded.setdefault(spec.stream, Counter()).update(e.status for e in commit.clips)
         report.n_bytes += commit.n_bytes

@@ -104,7 +104,7 @@ def test_equal_bytes_are_encoded_once_and_a_second_run_does_nothing(
 ) -> None:
     manifest, store = extracted
     for spec in bank.specs:
-        assert len(store.index(spec).entries) == 3
+        assert len(store.index(spec)) == 3
     plan = make_plan(manifest.records, bank.specs, store)
     assert (plan.n_clips, plan.n_missing) == (3, 0)
     assert do(manifest, bank, store, folder).n_units == 0
@@ -207,7 +207,7 @@ def test_a_path_that_leaves_the_root_stops_before_any_work(
     store = TokenStore.open_or_create(tmp_path / "s")
     with pytest.raises(ManifestError, match=r"leaves the media root"):
         do(manifest, bank, store, root)
-    assert not any(store.index(spec).entries for spec in bank.specs)
+    assert not any(len(store.index(spec)) for spec in bank.specs)
 
 
 def test_encoder_weights_are_checked_by_name(tiny_weights: dict[str, Path]) -> None:
@@ -353,7 +353,7 @@ def test_ctrl_c_leaves_a_store_that_continues(
     assert "run the same command to continue" in shown
     assert "Traceback" not in shown
     store = TokenStore.open(tmp_path / "s")
-    before = {spec.stream: len(store.index(spec).entries) for spec in bank.specs}
+    before = {spec.stream: len(store.index(spec)) for spec in bank.specs}
     assert 0 < before["audio"] < 70
     finished = subprocess.run(
         command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1]
@@ -361,6 +361,6 @@ def test_ctrl_c_leaves_a_store_that_continues(
     assert finished.returncode == 0, finished.stderr
     store = TokenStore.open(tmp_path / "s")
     for spec in bank.specs:
-        assert len(store.index(spec).entries) == 70
-        keys = [e.key for c in store.index(spec).commits for e in c.clips]
+        assert len(store.index(spec)) == 70
+        keys = [e.key for c in store.commits(spec) for e in c.clips]
         assert len(keys) == len(set(keys)), "no clip was committed twice"

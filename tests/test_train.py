@@ -366,7 +366,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(
     run = tmp_path / "run"
     command = [
         sys.executable, "-m", "emocache", "train", "demo", "--manifest", str(path),
-        "--store", str(store.layout.root), "--out", str(run), *SHORT, "stages.0.n_steps=80",
+        "--store", store.root, "--out", str(run), *SHORT, "stages.0.n_steps=80",
         "save_every_steps=1000",
     ]  # fmt: skip
     process = subprocess.Popen(
@@ -475,7 +475,7 @@ for name in ("decord", "whisper", "timm", "av", "torchvision", "extract"):
 import emocache
 assert emocache.__file__.startswith({str(site)!r})
 sys.exit(emocache.main(["train", "demo", "--manifest", {str(path)!r}, "--store",
-    {str(store.layout.root)!r}, "--out", {str(tmp_path / "run")!r}, *{SHORT!r}]))
+    {store.root!r}, "--out", {str(tmp_path / "run")!r}, *{SHORT!r}]))
 """
     done = subprocess.run(
         [sys.executable, "-S", "-E", "-c", script], capture_output=True, text=True, cwd=tmp_path

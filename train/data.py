@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cache.clip import Record
-from cache.commit import Status
+from cache.commit import Entry, Status
 from cache.errors import CacheMissError
 from cache.labels import LabelSpace
+from cache.reader import TokenReader
 from cache.spec import STREAMS, Stream, TokenSpec
 from cache.store import TokenStore
 from train.config import DataConfig, Preset, Tokens
@@ -81,11 +82,17 @@ class ViewReader:
             CacheMissError: A stream was never extracted.
         """
         self.store = store
-        self.views = preset.views
         self.specs: dict[Stream, TokenSpec] = {
             spec.stream: store.resolve(spec) for spec in preset.tokens.all()
         }
-        self._shapes = preset.view_shapes()
+        self._sources = {spec.stream: store.sources(spec) for spec in preset.tokens.all()}
+        self._readers = {
+            source.spec_id: TokenReader(
+                store, {stream: source}, {stream: getattr(preset.views, stream)}, missing="mask"
+            )
+            for stream, sources in self._sources.items()
+            for source in sources
+        }
         self._memory_left = preset.data.memory_bytes
         self._memory: dict[str, ClipViews] = {}
 
@@ -96,10 +103,18 @@ class ViewReader:
 
     def statuses(self, record: Record) -> dict[Stream, Status]:
         """Return what the store knows of a record; raises CacheMissError if anything is missing."""
-        return {
-            stream: self.store.entry(spec, record.token_key(spec), record.uid).status
-            for stream, spec in self.specs.items()
-        }
+        return {stream: self._find(stream, record)[1].status for stream in self.specs}
+
+    def _find(self, stream: Stream, record: Record) -> tuple[TokenSpec, Entry]:
+        """Return the stored spec that has a record's clip, and the entry.
+
+        Raises:
+            CacheMissError: None has.
+        """
+        spec = self.specs[stream]
+        key = record.token_key(spec)
+        found = self.store.find(self._sources[stream], key)
+        return found if found is not None else (spec, self.store.entry(spec, key, record.uid))
 
     def read(self, record: Record, masked: Collection[str] = ()) -> ClipViews:
         """Return a record's views; a stream without tokens, or in `masked`, is masked.
@@ -126,20 +141,12 @@ class ViewReader:
     def _read(self, record: Record) -> ClipViews:
         tokens: dict[str, npt.NDArray[np.float32]] = {}
         masks: dict[str, npt.NDArray[np.bool_]] = {}
-        for stream, spec in self.specs.items():
-            key = record.token_key(spec)
-            entry = self.store.entry(spec, key, record.uid)
-            if entry.status is not Status.OK:
-                n_tokens, width = self._shapes[stream]
-                tokens[stream] = np.zeros((n_tokens, width), np.float32)
-                masks[stream] = np.zeros(n_tokens, np.bool_)
-                if stream == "image":
-                    tokens["image_cls"] = np.zeros(spec.encoder.width, np.float32)
-                continue
-            stored: Any = self.store.read(spec, key, record.uid).tokens
-            tokens[stream], masks[stream] = getattr(self.views, stream).apply(stored)
-            if stream == "image":
-                tokens["image_cls"] = self.views.image.cls(stored)
+        for stream in self.specs:
+            source, _ = self._find(stream, record)
+            found = self._readers[source.spec_id].read([record])[stream]
+            tokens[stream], masks[stream] = found.tokens[0].numpy(), found.mask[0].numpy()
+            if found.cls is not None:
+                tokens["image_cls"] = found.cls[0].numpy()
         return ClipViews(tokens, masks)
 
 

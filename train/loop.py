@@ -97,7 +97,7 @@ def train(
         run_id=uuid.uuid4().hex[:12],
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         manifest=str(manifest_path),
-        store=str(store.layout.root),
+        store=store.root,
         records_sha256=records_sha256,
         label_space=space,
         versions=versions(),
