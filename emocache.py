@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import sys
@@ -13,27 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 from typer.core import TyperGroup
 
-from cache.errors import EmocacheError, SchemaError, StoppedError
+from eval.console import DONE, FINDINGS, REFUSED, err, out, verb
+from eval.store_verbs import store_app
 
 if TYPE_CHECKING:
     from extract.run import ExtractReport
-    from train.config import Preset
 
 logger = logging.getLogger("emocache")
-out = Console()
-"""Results."""
-err = Console(stderr=True)
-"""Progress, remarks and errors."""
-
 VERBS = ("index", "extract", "store", "train", "show", "evaluate", "demo")
 """In the order of the work; `emocache --help` shows them so."""
-
-DONE, FINDINGS, REFUSED, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes."""
 
 
 class _InOrder(TyperGroup):
@@ -50,7 +40,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Encode emotion clips once, then train and ablate from the cache.",
 )
-store_app = typer.Typer(no_args_is_help=True, help="Look into a token store.")
 app.add_typer(store_app, name="store")
 
 Overrides = Annotated[
@@ -58,7 +47,9 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. stages.0.n_steps=100"),
 ]
 ManifestOption = Annotated[Path, typer.Option("--manifest", help="Manifest from `emocache index`.")]
-StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the token store.")]
+StoreOption = Annotated[
+    str, typer.Option("--store", help="Folder or URL (s3://...) of the token store.")
+]
 PresetArgument = Annotated[str, typer.Argument(metavar="PRESET", help="v2 or demo")]
 WithOption = Annotated[
     Path | None, typer.Option("--with", help="YAML or JSON file of settings, under KEY=VALUE.")
@@ -96,49 +87,8 @@ def run() -> None:
     sys.exit(main())
 
 
-def _verb(function: Callable[..., int]) -> Callable[..., None]:
-    """Turn a handler's result, errors and Ctrl-C into one line and an exit code."""
-
-    @functools.wraps(function)
-    def handled(*args: Any, **kwargs: Any) -> None:
-        try:
-            code = function(*args, **kwargs)
-        except EmocacheError as error:
-            stopped = isinstance(error, StoppedError)
-            err.print(f"[{'yellow' if stopped else 'red'}]emocache:[/] ", end="")
-            err.print(str(error), markup=False, highlight=False, soft_wrap=True)
-            code = INTERRUPTED if stopped else REFUSED
-        except ModuleNotFoundError as error:
-            extra = {"extract": "extract", "index": "extract", "train": "train"}.get(
-                function.__name__.removesuffix("_command"), "all"
-            )
-            err.print(
-                f"emocache: {error.name} is not installed. pip install 'emocache[{extra}]'",
-                markup=False,
-                soft_wrap=True,
-            )
-            code = REFUSED
-        except OSError as error:  # the file system refused: a full disk, a missing permission
-            where = f"{error.filename}: " if error.filename else ""
-            err.print(
-                f"emocache: {where}{error.strerror or error}. Check the path and its permissions.",
-                markup=False,
-                soft_wrap=True,
-            )
-            code = REFUSED
-        except KeyboardInterrupt:
-            err.print(
-                "emocache: interrupted. What was committed stays; run the same command to continue.",
-                soft_wrap=True,
-            )
-            code = INTERRUPTED
-        raise typer.Exit(code)
-
-    return handled
-
-
 @app.command("index")
-@_verb
+@verb
 def index_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of media files.")],
     out_file: Annotated[Path, typer.Option("--out", help="Manifest to write (.parquet).")],
@@ -182,7 +132,7 @@ def index_command(
 
 
 @app.command("extract")
-@_verb
+@verb
 def extract_command(
     preset: PresetArgument,
     manifest: ManifestOption,
@@ -200,24 +150,37 @@ def extract_command(
     ] = False,
     with_file: WithOption = None,
     device: DeviceOption = "cpu",
+    compression: Annotated[
+        str, typer.Option(help="Of a new store: none (the fast one) or zstd (archives).")
+    ] = "none",
+    single_committer: Annotated[
+        bool,
+        typer.Option(
+            "--single-committer",
+            help="Write to a bucket that ignores create-once; you see to it that one process does.",
+        ),
+    ] = False,
 ) -> int:
     """Decode and encode every clip that the store does not hold yet."""
     from cache.commit import Status
     from cache.manifest import media_root as root_of
     from cache.manifest import read_manifest
     from cache.store import TokenStore
+    from eval.arguments import check_device, compression_of, configure, weights_of
     from eval.progress import progress_bar
     from eval.tables import status_table
     from extract.encoders.bank import EncoderBank
     from extract.plan import make_plan
     from extract.run import extract
 
-    chosen = _configure(preset, overrides, with_file)
-    _check_device(device)
+    chosen = configure(preset, overrides, with_file)
+    check_device(device)
     records = read_manifest(manifest)
-    weights = _encoder_weights(chosen, encoder_weights or [])
+    weights = weights_of(chosen, encoder_weights or [])
     bank = EncoderBank(chosen.tokens.all(), weights, device)
-    target = TokenStore.open_or_create(store)
+    target = TokenStore.open_or_create(
+        store, compression=compression_of(compression), single_committer=single_committer
+    )
     plan = make_plan(records.records, bank.specs, target, retry_failed=retry_failed)
     if not plan.units:
         out.print(
@@ -235,46 +198,7 @@ def extract_command(
     return FINDINGS if report.failures else DONE
 
 
-def _configure(preset: str, overrides: list[str] | None, with_file: Path | None) -> Preset:
-    from train.config import configure
-    from train.presets import preset as preset_of
-
-    return configure(preset_of(preset), overrides or [], with_file)
-
-
-def _check_device(name: str) -> None:
-    """Refuse a device that is misspelt or not there, before any work is done."""
-    import torch
-
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        kind = "unknown"
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise SchemaError(
-            f"--device {name}: {'no CUDA device is available' if kind == 'cuda' else 'unknown device'}. "
-            "Allowed: cpu, and cuda or cuda:N on a machine with an NVIDIA GPU."
-        )
-
-
-def _encoder_weights(preset: Preset, given: Sequence[str]) -> dict[str, Path]:
-    from extract import tiny
-
-    weights = {
-        kind: Path(tiny.__file__).parent / name for kind, name in preset.bundled_weights.items()
-    }
-    for item in given:
-        name, equals, path = item.partition("=")
-        if not equals or not name or not path:
-            raise SchemaError(
-                f"--encoder-weights {item!r} is not NAME=PATH. Example: --encoder-weights "
-                "eva=weights/eva_vit_g.pth"
-            )
-        weights[name] = Path(path)
-    return weights
-
-
-def _print_extracted(report: ExtractReport, store: Path) -> None:
+def _print_extracted(report: ExtractReport, store: str) -> None:
     from eval.report import human_size
     from eval.tables import status_table
 
@@ -299,71 +223,8 @@ def _print_extracted(report: ExtractReport, store: Path) -> None:
         )
 
 
-@store_app.command("ls")
-@_verb
-def store_ls(store: Annotated[Path, typer.Argument(metavar="STORE")]) -> int:
-    """List the specs in a store, their clips and sizes."""
-    from cache.store import TokenStore
-    from eval.tables import store_table
-
-    opened = TokenStore.open(store)
-    out.print(store_table(opened))
-    if not opened.specs:
-        out.print("the store is empty", highlight=False)
-    return DONE
-
-
-@store_app.command("show")
-@_verb
-def store_show(
-    store: Annotated[Path, typer.Argument(metavar="STORE")],
-    what: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[UID|SPEC]",
-            help="A record's uid (with --manifest), a clip's digest, or a spec.",
-        ),
-    ] = None,
-    manifest: Annotated[
-        Path | None, typer.Option("--manifest", help="To look up a clip by its uid.")
-    ] = None,
-) -> int:
-    """Show a spec in full, or one clip's tokens, status and provenance."""
-    from cache.errors import CacheMissError
-    from cache.manifest import read_manifest
-    from cache.store import TokenStore
-    from eval.tables import clip_table
-
-    opened = TokenStore.open(store)
-    chosen = [s for s in opened.specs.values() if what in (None, s.spec_id, s.stream)]
-    if chosen:
-        for spec in chosen:
-            out.print_json(spec.model_dump_json())
-            made = Counter(
-                ", ".join(f"{k} {v}" for k, v in c.provenance.items()) for c in opened.commits(spec)
-            )
-            for text, n in made.items():
-                out.print(f"{n} units by {text}", highlight=False)
-        return DONE
-    assert what is not None
-    keys = {what}
-    if manifest is not None:
-        found = [r for r in read_manifest(manifest).records if r.uid == what]
-        keys |= {r.token_key(s) for r in found for s in opened.specs.values()}
-    table, provenance = clip_table(opened, keys)
-    if not provenance:
-        raise CacheMissError(
-            f"{what!r}: neither a stored spec nor a clip of {store}. Give a spec_id from `emocache "
-            "store ls`, a clip's SHA-256, or a uid together with --manifest."
-        )
-    out.print(table)
-    for line in provenance:
-        out.print(line, highlight=False, soft_wrap=True)
-    return DONE
-
-
 @app.command("train")
-@_verb
+@verb
 def train_command(
     preset: PresetArgument,
     manifest: ManifestOption,
@@ -375,10 +236,11 @@ def train_command(
     """Train the preset's stages from cached tokens; run again to continue."""
     from cache.manifest import read_manifest
     from cache.store import TokenStore
+    from eval.arguments import configure
     from eval.progress import progress_bar
     from train.loop import train
 
-    chosen = _configure(preset, overrides, with_file)
+    chosen = configure(preset, overrides, with_file)
     records = read_manifest(manifest)
     tokens = TokenStore.open(store)
     total = sum(stage.n_steps for stage in chosen.stages)
@@ -403,12 +265,14 @@ def _step_note(bar: Any) -> Callable[[str, int, int, dict[str, float]], None]:
 
 
 @app.command("show")
-@_verb
+@verb
 def show_command(
     preset: PresetArgument, overrides: Overrides = None, with_file: WithOption = None
 ) -> int:
     """Print the resolved configuration of a preset, as `--with` accepts it."""
-    chosen = _configure(preset, overrides, with_file)
+    from eval.arguments import configure
+
+    chosen = configure(preset, overrides, with_file)
     if out.is_terminal:
         out.print_json(chosen.model_dump_json())
     else:
@@ -417,7 +281,7 @@ def show_command(
 
 
 @app.command("evaluate")
-@_verb
+@verb
 def evaluate_command(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     manifest: ManifestOption,
@@ -439,12 +303,13 @@ def evaluate_command(
     """Generate replies, score them, write predictions.jsonl and a report."""
     from cache.manifest import read_manifest
     from cache.store import TokenStore
+    from eval.arguments import check_device
     from eval.evaluate import evaluate
     from eval.progress import progress_bar
     from eval.report import score_table
 
     records = read_manifest(manifest)
-    _check_device(device)
+    check_device(device)
     n_records = len(records.select(split))
     with progress_bar(err, "evaluating", n_records * (1 + len(mask or [])), "replies") as bar:
         result = evaluate(
@@ -468,7 +333,7 @@ def evaluate_command(
 
 
 @app.command("demo")
-@_verb
+@verb
 def demo_command(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder of everything it makes.")] = Path(
         "demo"

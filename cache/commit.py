@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
+import crc32c
 import numpy.typing as npt
 from pydantic import Field, ValidationError
 
@@ -17,6 +19,9 @@ from cache.layout import commits
 from cache.quantize import Quantized
 from cache.schema import Model, decode_json
 from cache.storage import Storage
+
+_CHECKSUM = re.compile(rb',"checksum":"([0-9a-f]{8})"}$')
+"""Last field of a record: CRC-32C of its bytes without this field. Written by hand, it may be left out."""
 
 
 class Status(StrEnum):
@@ -120,6 +125,7 @@ def commit_key(spec_id: str, identity: str) -> str:
 def write_commit(storage: Storage, commit: Commit) -> bool:
     """Create a commit record; return False if the unit is committed already."""
     data = commit.model_dump_json(exclude_defaults=True).encode()
+    data = data[:-1] + b',"checksum":"%08x"}' % crc32c.crc32c(data)
     return storage.create(commit_key(commit.spec_id, commit.unit_id), data)
 
 
@@ -132,6 +138,14 @@ def read_commit(storage: Storage, spec_id: str, identity: str) -> Commit:
     """
     key = commit_key(spec_id, identity)
     data = storage.read(key)
+    stated = _CHECKSUM.search(data)
+    if stated is not None:
+        data = data[: stated.start()] + b"}"
+        if int(stated[1], 16) != crc32c.crc32c(data):
+            raise SchemaError(
+                f"{storage.url}/{key}: the commit record fails its checksum. Restore the file from a "
+                "copy of the store."
+            )
     try:
         found = Commit.model_validate_json(data)
     except ValidationError:

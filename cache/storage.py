@@ -6,9 +6,10 @@ keys, relative and separated by `/`. Every failure is an `OSError`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -39,6 +40,9 @@ class Storage(Protocol):
 
     def size(self, key: str) -> int:
         """Return a file's size in bytes; FileNotFoundError if there is none."""
+
+    def modified_s(self, key: str) -> float:
+        """Return when a file was written, by the storage's own clock; FileNotFoundError if none."""
 
     def names(self, folder: str) -> list[str]:
         """Return the names of the files in a folder, unordered; none if it does not exist.
@@ -103,6 +107,10 @@ class LocalStorage:
         """See `Storage.size`."""
         return self.path(key).stat().st_size
 
+    def modified_s(self, key: str) -> float:
+        """See `Storage.modified_s`."""
+        return self.path(key).stat().st_mtime
+
     def names(self, folder: str) -> list[str]:
         """See `Storage.names`."""
         return self._list(folder, want_folders=False)
@@ -156,6 +164,12 @@ class LocalStorage:
             if path.is_file()
         )
 
+    def prune(self, folder: str) -> None:
+        """Remove the empty folders below and including `folder`."""
+        for path, _, _ in os.walk(self.path(folder), topdown=False):
+            with contextlib.suppress(OSError):  # not empty
+                Path(path).rmdir()
+
     def zarr_store(self, folder: str, *, read_only: bool = True) -> ZarrStore:
         """See `Storage.zarr_store`."""
         from zarr.storage import LocalStore
@@ -168,6 +182,14 @@ def _write_all(descriptor: int, part: Bytes) -> None:
     rest = memoryview(part).cast("B")
     while rest:
         rest = rest[os.write(descriptor, rest) :]
+
+
+def walk(storage: Storage, folder: str) -> Iterator[str]:
+    """Yield the keys of all files below a folder."""
+    for name in sorted(storage.names(folder)):
+        yield f"{folder}/{name}"
+    for name in sorted(storage.folders(folder)):
+        yield from walk(storage, f"{folder}/{name}")
 
 
 def open_storage(where: str | Path) -> Storage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import resource
@@ -22,7 +23,13 @@ from zarr.core.array import Array
 
 from cache import layout
 from cache.commit import ClipTokens, Commit, Entry, Status, read_commit, unit_ids
-from cache.errors import CacheMissError, CorruptTokensError, SpecMismatchError, StoreError
+from cache.errors import (
+    CacheMissError,
+    CorruptTokensError,
+    SchemaError,
+    SpecMismatchError,
+    StoreError,
+)
 from cache.index import Index, in_parallel, read_index, write_snapshot
 from cache.layout import CLIPS_PER_SHARD, FORMAT_NAME, FORMAT_VERSION, ArrayPlan, Compression
 from cache.quantize import Quantized, dequantize
@@ -40,6 +47,7 @@ _SNAPSHOT_EVERY = 256
 """Own commits after which a writer refreshes the snapshot, so that others open the store quickly."""
 
 ZarrArray = Array[Any]
+logger = logging.getLogger(__name__)
 
 _alive: weakref.WeakSet[TokenStore] = weakref.WeakSet()
 
@@ -134,6 +142,11 @@ class TokenStore:
                 f"{where}: not an emocache store (no {layout.MARKER} in it). Give the folder that "
                 "`emocache extract --store` wrote; nothing was changed."
             ) from None
+        except SchemaError as error:
+            raise StoreError(
+                f"{error}. The file is damaged, or of another program; `emocache store doctor` restores "
+                "it if the folder is a store."
+            ) from None
         except OSError as error:
             raise StoreError(f"{where}: cannot be read ({error.strerror or error}).") from None
         if found.version > FORMAT_VERSION:
@@ -167,7 +180,14 @@ class TokenStore:
         if not isinstance(storage, LocalStorage):
             from cache.object_storage import require_exactly_once
 
-            require_exactly_once(storage, single_committer=single_committer)
+            try:
+                warning = require_exactly_once(storage, single_committer=single_committer)
+            except OSError as error:
+                raise StoreError(
+                    f"{where}: cannot be written ({error.strerror or error})."
+                ) from None
+            if warning is not None:
+                logger.warning("%s", warning)
         try:
             if layout.MARKER not in storage.names(""):
                 _create(storage, compression)
@@ -188,21 +208,26 @@ class TokenStore:
 
     def _read_spec(self, key: str) -> TokenSpec | None:
         where = f"{self.root}/{key}"
+        cure = "restore the file from a copy of the store, or run `emocache store doctor`"
+        spec_id = key.split("/")[-2].rpartition("-")[2]
         try:
             attributes = json.loads(self.storage.read(key)).get("attributes", {}).get("emocache")
-        except FileNotFoundError:
-            return None  # a writer is creating the group
-        except ValueError as error:
+            found = attributes["spec"]
+        except (FileNotFoundError, ValueError, AttributeError, TypeError, KeyError) as error:
+            if not self.storage.names(layout.commits(spec_id)):
+                return None  # someone else's group, or a writer is creating it
             raise StoreError(
-                f"{where}: not a JSON document ({error}). Restore the file from a copy of the store."
+                f"{where}: is gone or damaged ({type(error).__name__}: {error}), but tokens are committed "
+                f"under it; {cure}."
             ) from None
-        if not isinstance(attributes, dict) or "spec" not in attributes:
-            return None
-        spec = decode(TokenSpec, attributes["spec"], where)
-        if spec.spec_id != attributes.get("spec_id"):
+        try:
+            spec = decode(TokenSpec, found, where)
+        except SchemaError as error:
+            raise StoreError(f"{error}. The metadata was edited or damaged; {cure}.") from None
+        if spec.spec_id != spec_id:
             raise StoreError(
-                f"{where}: the spec does not hash to its spec_id {attributes.get('spec_id')!r}. "
-                "The metadata was edited or damaged; restore the file from a copy."
+                f"{where}: the spec does not hash to its spec_id {spec_id!r}. The metadata was edited "
+                f"or damaged; {cure}."
             )
         return spec
 
@@ -288,6 +313,32 @@ class TokenStore:
                 f"--store {self.root}"
             )
         return found
+
+    def clip_tokens(self, spec: TokenSpec, entry: Entry) -> ClipTokens:
+        """Return a committed clip as what `commit` takes, checked, and not converted in any way.
+
+        Raises:
+            CorruptTokensError: The stored bytes fail their checksum.
+        """
+        tokens: Values | Quantized | None = None
+        index: list[int] = []
+        times: list[float] = []
+        if entry.status is Status.OK:
+            tokens, entry = self.read_stored(spec, entry.key)
+            if spec.dtype == "bfloat16":
+                assert not isinstance(tokens, Quantized)
+                tokens = tokens.view(ml_dtypes.bfloat16)
+            index, times = self.frame_times(spec, entry.row)
+        return ClipTokens(
+            entry.key,
+            entry.status,
+            tokens,
+            entry.reason,
+            entry.remark,
+            entry.truncated,
+            tuple(index),
+            tuple(times),
+        )
 
     def find(self, sources: Sequence[TokenSpec], key: str) -> tuple[TokenSpec, Entry] | None:
         """Return the first source that has a clip, and its entry; a failed one only if no other has.
@@ -443,8 +494,14 @@ class TokenStore:
 
     def read_with_zarr(self, spec: TokenSpec, entry: Entry) -> Values:
         """Read a clip's valid tokens as stored through zarr-python: slower, for any layout."""
-        array = self._array(spec, "tokens", rows=entry.row + 1)
-        return np.asarray(array[entry.row, : entry.valid_len])
+        try:
+            array = self._array(spec, "tokens", rows=entry.row + 1)
+            return np.asarray(array[entry.row, : entry.valid_len])
+        except (TypeError, KeyError, AttributeError, IndexError) as error:
+            raise CorruptTokensError(
+                f"zarr-python cannot open the array ({type(error).__name__}: {error}); if its zarr.json is "
+                "damaged, `emocache store doctor` writes it again"
+            ) from error
 
     def corrupt(
         self, spec: TokenSpec, entry: Entry, uid: str | None, why: str
@@ -452,7 +509,8 @@ class TokenStore:
         """Return the error for a clip whose stored bytes are damaged."""
         return CorruptTokensError(
             f"{uid or entry.key[:16]}: damaged {spec.stream} tokens, row {entry.row} of "
-            f"{self.root}/{layout.group(spec)} ({why}). Restore that shard from a copy of the store."
+            f"{self.root}/{layout.group(spec)} ({why}). Restore that shard from a copy of the store; "
+            "`emocache store verify` names every damaged clip."
         )
 
     def _array(self, spec: TokenSpec, name: str, rows: int = 0) -> ZarrArray:
@@ -476,8 +534,18 @@ class TokenStore:
         """Return the frame indices and presentation times (s) of a row; empty for audio."""
         if spec.frames is None:
             return [], []
-        index = np.asarray(self._array(spec, "frame_index", rows=row + 1)[row])
-        times = np.asarray(self._array(spec, "frame_pts_s", rows=row + 1)[row])
+        names = ("frame_index", "frame_pts_s")
+        if self.plan(spec) is None:
+            index, times = (np.asarray(self._array(spec, n, rows=row + 1)[row]) for n in names)
+        else:
+            number, place = divmod(row, CLIPS_PER_SHARD)
+            try:
+                index, times = (self._unit_part(spec, n, number)[place] for n in names)
+            except (FileNotFoundError, CorruptTokensError) as error:
+                raise CorruptTokensError(
+                    f"{self.root}/{layout.group(spec)}: the frame times of row {row} are gone or "
+                    f"damaged ({error}). Restore the file from a copy of the store."
+                ) from None
         return index.tolist(), times.tolist()
 
     # ---------------------------------------------------------------- writing

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -33,6 +35,9 @@ from cache.quantize import Quantized, quantize
 from cache.shards import Shard, Values, crc32c, encode_chunk, encode_shard
 from cache.spec import TokenSpec
 from cache.storage import Storage
+
+_ATTEMPTS = 8
+"""Times that a unit's files may be taken for garbage while they are written."""
 
 
 class UnitWriter:
@@ -65,15 +70,21 @@ class UnitWriter:
         """Commit one unit; see `TokenStore.commit`."""
         _check_unit(self.spec, clips)
         after = set(after)
-        while True:
+        for _ in range(_ATTEMPTS):
             identity = unit_id(self.spec.spec_id, (c.key for c in clips), after)
             commit = self._known(identity) or self._attempt(
                 identity, clips, provenance, tuple(replaces)
             )
-            if not commit.abandoned:
+            if commit is not None and not commit.abandoned:
                 return commit
-            # Garbage collection took this unit's writer for dead, and closed it.
-            after.add(identity)
+            # Garbage collection took this writer for dead: it closed the unit, or removed a file.
+            if commit is not None:
+                after.add(identity)
+        raise StoreError(
+            f"{self.storage.url}: files of this unit vanished {_ATTEMPTS} times while it was written. Is "
+            "`emocache store gc` running with a short --abandoned-after-h, or something cleaning up? "
+            "Run the same command again."
+        )
 
     def _known(self, identity: str) -> Commit | None:
         try:
@@ -87,38 +98,52 @@ class UnitWriter:
         clips: Sequence[ClipTokens],
         provenance: Mapping[str, str],
         replaces: tuple[str, ...],
-    ) -> Commit:
+    ) -> Commit | None:
+        """Write a unit once; None if files vanished and it should be tried again."""
         shard: int | None = None
         try:
             self._ensure_group()
             shard = self._claim(identity)
             self._grow(shard)
             entries, n_bytes = self._write_shard(shard, clips)
-            commit = Commit(
-                unit_id=identity,
-                spec_id=self.spec.spec_id,
-                shard=shard,
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                provenance=dict(provenance),
-                n_bytes=n_bytes,
-                clips=tuple(entries),
-                replaces=replaces,
-            )
-            if write_commit(self.storage, commit):
-                return commit
-            self._discard(shard)
         except OSError as error:
             if shard is not None:
                 self._discard(shard)
             if (known := self._known(identity)) is not None:
-                return known  # abandoned meanwhile, and its files removed under our hands
-            raise StoreError(
-                f"{self.storage.url}: cannot write ({error.strerror or error}). Nothing of this unit "
-                "became visible; free space or fix the permissions and run the same command again."
-            ) from error
-        known = self._known(identity)
+                return known  # closed meanwhile, and its files removed under our hands
+            if isinstance(error, FileNotFoundError):
+                return None
+            raise self._cannot_write(error) from error
+        commit = Commit(
+            unit_id=identity,
+            spec_id=self.spec.spec_id,
+            shard=shard,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            provenance=dict(provenance),
+            n_bytes=n_bytes,
+            clips=tuple(entries),
+            replaces=replaces,
+        )
+        try:
+            if write_commit(self.storage, commit):
+                return commit
+            known = self._known(identity)
+        except OSError as error:
+            # Failed, or done with the answer lost: only the record itself tells. While that cannot
+            # be read either, the shard must stay; if it is garbage, `store gc` removes it.
+            known = self._known(identity)
+            if known is None:
+                raise self._cannot_write(error) from error
         assert known is not None, "create-once was refused, so the record is there"
+        if known.shard != shard or known.abandoned:
+            self._discard(shard)
         return known
+
+    def _cannot_write(self, error: OSError) -> StoreError:
+        return StoreError(
+            f"{self.storage.url}: cannot write ({error.strerror or error}). Nothing of this unit "
+            "became visible; free space or fix the permissions and run the same command again."
+        )
 
     def _ensure_group(self) -> None:
         """Create the spec's group with empty arrays; its own metadata last, which shows the group.
@@ -137,7 +162,12 @@ class UnitWriter:
     def _claim(self, identity: str) -> int:
         """Take the next free shard number for this attempt alone."""
         folder = layout.claims(self.spec.spec_id)
-        note = {"unit_id": identity, "host": socket.gethostname(), "pid": os.getpid()}
+        note = {
+            "unit_id": identity,
+            "attempt": uuid.uuid4().hex,  # so that no two attempts take one claim for their own
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
         shard = self._next_claim or self._n_claimed()
         while not self.storage.create(f"{folder}/{shard:08d}", json.dumps(note).encode()):
             shard += 1
@@ -238,8 +268,10 @@ class UnitWriter:
                 )
 
     def _discard(self, shard: int) -> None:
+        """Remove an attempt's files; those that cannot be removed now are left to `store gc`."""
         for plan in self.plans:
-            self.storage.delete(f"{self._group}/{plan.name}/{plan.chunk_file(shard)}")
+            with contextlib.suppress(OSError):
+                self.storage.delete(f"{self._group}/{plan.name}/{plan.chunk_file(shard)}")
 
 
 def group_metadata(spec: TokenSpec, plans: Sequence[ArrayPlan]) -> dict[str, bytes]:

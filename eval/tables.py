@@ -10,12 +10,14 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from cache.commit import Status, read_commit
+from cache.lifecycle import Garbage
 from cache.spec import Stream, TokenSpec
 from cache.store import TokenStore
 from eval.report import human_size
+from extract.plan import NEVER, OTHER_SPEC, RETRY, Plan
 
 _STATUSES = (Status.OK, Status.ABSENT, Status.FAILED)
-_SHORT_DTYPE = {"float16": "f16", "float32": "f32"}
+_SHORT_DTYPE = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "int8": "int8"}
 
 
 def _table(*columns: str, numbers: Collection[str] = ()) -> Table:
@@ -88,3 +90,28 @@ def clip_table(store: TokenStore, keys: Collection[str]) -> tuple[Table, list[st
             remark = f", damage passed over: {entry.remark}" if entry.remark else ""
             made.append(f"{spec.stream}: spec {spec.spec_id}, {commit.created}, {versions}{remark}")
     return table, made
+
+
+def plan_table(plan: Plan) -> Table:
+    """Return hits, misses by reason and bytes to write, by stream."""
+    reasons = [
+        r for r in (NEVER, OTHER_SPEC, RETRY) if any(counts[r] for counts in plan.misses.values())
+    ]
+    numbers = ("in the store", *reasons, "to write")
+    table = _table("stream", *numbers, numbers=numbers)
+    for stream, known in plan.known.items():
+        counts = plan.misses[stream]
+        size = f"≤ {human_size(plan.n_bytes[stream])}" if plan.n_bytes[stream] else "-"
+        table.add_row(
+            stream, f"{known.total():,}", *(f"{counts[reason]:,}" for reason in reasons), size
+        )
+    return table
+
+
+def garbage_table(found: Garbage) -> Table:
+    """Return what garbage collection found, by reason."""
+    table = _table("why", "files", numbers=("files",))
+    for why, files in found.files.items():
+        table.add_row(why, f"{len(files):,}")
+    table.add_row("together", f"{found.n_files:,}, {human_size(found.n_bytes)}", style="bold")
+    return table

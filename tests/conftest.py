@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,3 +84,28 @@ def tiny_weights() -> dict[str, Path]:
 def bank(tiny_weights: dict[str, Path]) -> EncoderBank:
     """The demo preset's encoders."""
     return EncoderBank(demo().tokens.all(), tiny_weights)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print how many faults were caused on purpose, by kind, and how many were survived."""
+    tried: Counter[str] = Counter()
+    survived: Counter[str] = Counter()
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, value in getattr(report, "user_properties", []):
+                if name == "faults":
+                    kind, n = value
+                    tried[kind] += n
+                    survived[kind] += n * (outcome == "passed")
+    n_failed = sum(
+        "test_faults" in report.nodeid for report in terminalreporter.stats.get("failed", [])
+    )
+    if not tried and not n_failed:
+        return
+    terminalreporter.section("faults caused on purpose")
+    for kind in sorted(tried):
+        terminalreporter.line(f"{kind:<48} tried {tried[kind]:>5}  survived {survived[kind]:>5}")
+    terminalreporter.line(
+        f"{'together':<48} tried {tried.total():>5}  survived {survived.total():>5}"
+        + (f"; {n_failed} fault tests failed" if n_failed else "")
+    )

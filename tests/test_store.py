@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +13,7 @@ import numpy as np
 import pytest
 import zarr
 
-from cache import files as files_module
 from cache import layout
-from cache import storage as storage_module
-from cache import writer as writer_module
 from cache.commit import ClipTokens, Status, unit_ids
 from cache.errors import (
     CacheMissError,
@@ -32,7 +26,6 @@ from cache.layout import CLIPS_PER_SHARD
 from cache.spec import TokenSpec
 from cache.store import TokenStore
 from tests.conftest import key_of, make_clip
-from train.presets import demo
 
 Specs = dict[str, TokenSpec]
 PROVENANCE = {"torch": "0"}
@@ -167,7 +160,7 @@ class TestRefusals:
             TokenStore.open(tmp_path / "none")
 
     def test_a_newer_format(self, tmp_path: Path) -> None:
-        store = TokenStore.open_or_create(tmp_path / "s")
+        TokenStore.open_or_create(tmp_path / "s")
         (tmp_path / "s" / layout.MARKER).write_text('{"format": "emocache-store", "version": 2}')
         with pytest.raises(StoreError, match=r"store format 2, this version reads up to 1"):
             TokenStore.open(tmp_path / "s")
@@ -205,33 +198,6 @@ class TestRefusals:
             store.commit(specs["video"], clips, PROVENANCE)
 
 
-def test_a_flipped_bit_is_found(tmp_path: Path, specs: Specs) -> None:
-    spec, store = specs["video"], TokenStore.open_or_create(tmp_path / "s")
-    store.commit(spec, unit(spec, "ab"), PROVENANCE)
-    shard = tmp_path / "s" / layout.group(spec) / "tokens" / "c" / "0" / "0" / "0" / "0"
-    whole = shard.read_bytes()
-    for place in (100, len(whole) // 2, len(whole) - 10):  # data, data, index
-        damaged = bytearray(whole)
-        damaged[place] ^= 1
-        shard.write_bytes(damaged)
-        n_found = 0
-        for clip in unit(spec, "ab"):
-            try:
-                tokens = TokenStore.open(tmp_path / "s").read(spec, clip.key).tokens
-            except CorruptTokensError:
-                n_found += 1
-            else:
-                assert clip.tokens is not None
-                assert tokens.tobytes() == clip.tokens.tobytes()
-        assert n_found, place
-    shard.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CorruptTokensError):
-        TokenStore.open(tmp_path / "s").read(spec, key_of("a"))
-    shard.unlink()
-    with pytest.raises(CorruptTokensError, match=r"its shard is gone"):
-        TokenStore.open(tmp_path / "s").read(spec, key_of("a"))
-
-
 def test_a_damaged_commit_record_is_named(tmp_path: Path, specs: Specs) -> None:
     spec, store = specs["video"], TokenStore.open_or_create(tmp_path / "s")
     store.commit(spec, unit(spec, "a"), PROVENANCE)
@@ -252,137 +218,6 @@ def test_shape_metadata_that_lost_a_race_hides_nothing(tmp_path: Path, specs: Sp
     assert TokenStore.open(tmp_path / "s").read(spec, key_of("d")).tokens.shape == (16, 4, 96)
     TokenStore.open(tmp_path / "s").commit(spec, unit(spec, "e"), PROVENANCE)
     assert json.loads(path.read_bytes())["shape"][0] == 3 * CLIPS_PER_SHARD
-
-
-# The steps of a commit, in order; the child is killed with SIGKILL as it enters each.
-STEPS = [
-    (writer_module.UnitWriter, "_ensure_group"),
-    (writer_module.UnitWriter, "_claim"),
-    (writer_module.UnitWriter, "_grow"),
-    (writer_module.UnitWriter, "_write_shard"),
-    (writer_module, "encode_shard"),
-    (files_module, "fsync_file"),
-    (storage_module.LocalStorage, "replace"),
-    (writer_module.UnitWriter, "_read_back"),
-    (writer_module, "write_commit"),
-    (storage_module, "create_once"),
-    (os, "link"),
-]
-
-
-def _commit_and_die(root: Path, spec: TokenSpec, step: int | None) -> None:
-    store = TokenStore.open(root)
-    if step is not None:
-        owner, name = STEPS[step]
-
-        def die(*_: object, **__: object) -> None:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        setattr(owner, name, die)
-    store.commit(spec, unit(spec, "new"), PROVENANCE)
-
-
-@pytest.mark.parametrize("step", range(len(STEPS)), ids=[name for _, name in STEPS])
-def test_kill_9_at_every_step_loses_and_shows_nothing(
-    tmp_path: Path, specs: Specs, step: int
-) -> None:
-    spec, root = specs["video"], tmp_path / "s"
-    TokenStore.open_or_create(root).commit(spec, unit(spec, "old"), PROVENANCE)
-    context = multiprocessing.get_context("fork")
-    child = context.Process(target=_commit_and_die, args=(root, spec, step))
-    child.start()
-    child.join(60)
-    assert child.exitcode == -signal.SIGKILL
-    after = TokenStore.open(root)
-    assert {entry.key for entry in after.index(spec)} == {key_of(c) for c in "old"}
-    for clip in unit(spec, "old"):
-        assert clip.tokens is not None
-        assert after.read(spec, clip.key).tokens.tobytes() == clip.tokens.tobytes()
-    after.commit(spec, unit(spec, "new"), PROVENANCE)  # the next worker simply does it
-    for clip in unit(spec, "new"):
-        assert clip.tokens is not None
-        assert after.read(spec, clip.key).tokens.tobytes() == clip.tokens.tobytes()
-
-
-def _commit_units(root: Path, spec: TokenSpec, names: list[str]) -> None:
-    store = TokenStore.open_or_create(root)
-    for name in names:
-        store.commit(spec, unit(spec, name), PROVENANCE)
-
-
-@pytest.mark.parametrize("n_writers", [2, 6])
-def test_writers_at_once_lose_nothing_and_commit_each_unit_once(
-    tmp_path: Path, specs: Specs, n_writers: int
-) -> None:
-    spec, root = specs["video"], tmp_path / "s"
-    shared, own = (
-        ["ab", "cd"],
-        [[chr(0x100 + 2 * i) + chr(0x101 + 2 * i)] for i in range(n_writers)],
-    )
-    context = multiprocessing.get_context("fork")
-    writers = [
-        context.Process(target=_commit_units, args=(root, spec, shared + own[i]))
-        for i in range(n_writers)
-    ]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join(120)
-        assert writer.exitcode == 0
-    store = TokenStore.open(root)
-    units = shared + [name for names in own for name in names]
-    assert store.index(spec).n_units == len(units)
-    for name in units:
-        for clip in unit(spec, name):
-            assert clip.tokens is not None
-            assert store.read(spec, clip.key).tokens.tobytes() == clip.tokens.tobytes()
-    shards = [c.shard for c in store.commits(spec)]
-    assert len(set(shards)) == len(shards)
-
-
-def _fill(disk: Path) -> int:
-    """Commit units to a small disk until it is full; then everything committed must still be there."""
-    spec = demo().tokens.video.with_weights("ab" * 32)
-    store = TokenStore.open_or_create(disk / "s")
-    kept: list[str] = []
-
-    def fill() -> None:
-        for number in range(100):
-            names = chr(0x200 + 2 * number) + chr(0x201 + 2 * number)
-            store.commit(spec, unit(spec, names), PROVENANCE)
-            kept.append(names)
-
-    with pytest.raises(StoreError, match=r"cannot write .*Nothing of this unit became visible"):
-        fill()
-    assert kept
-    store = TokenStore.open(disk / "s")
-    assert store.index(spec).n_units == len(kept)
-    for names in kept:
-        for clip in unit(spec, names):
-            assert clip.tokens is not None
-            assert store.read(spec, clip.key).tokens.tobytes() == clip.tokens.tobytes()
-    return len(kept)
-
-
-def test_a_full_disk_commits_nothing_and_loses_nothing(tmp_path: Path) -> None:
-    """On a tmpfs in a mount namespace of its own, so that nothing stays mounted, whatever happens."""
-    mount = f"mount -t tmpfs -o size=300k tmpfs {tmp_path}"
-    own = ["unshare", "--mount", "--propagation", "private", "sh", "-c"]
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run([*own, mount], capture_output=True).returncode
-    ):
-        pytest.skip("this machine does not allow mounting a tmpfs (needs root and unshare)")
-    script = (
-        "import sys; from pathlib import Path; from tests.test_store import _fill; "
-        "print('full after', _fill(Path(sys.argv[1])), 'units')"
-    )
-    done = subprocess.run(
-        [*own, f'{mount} && exec "$0" "$@"', sys.executable, "-c", script, str(tmp_path)],
-        capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "full after" in done.stdout
 
 
 def test_a_store_written_by_hand_is_read(tmp_path: Path, specs: Specs) -> None:
