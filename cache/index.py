@@ -68,8 +68,6 @@ class Note(NamedTuple):
 
     reason: str | None = None
     remark: str | None = None
-    failed_in: tuple[str, ...] = ()
-    """Units that recorded the clip as failed, now or before a retry."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,10 @@ class Index:
         fresh = list(commits)
         replaced = {identity for commit in fresh for identity in commit.replaces}
         old = base.columns if base is not None else _empty_columns()
-        self.notes: dict[str, Note] = dict(base.notes) if base is not None else {}
+        self.notes: dict[int, Note] = dict(base.notes) if base is not None else {}
+        """Row -> what its entry has beside the columns."""
+        self.failures: dict[str, tuple[str, ...]] = dict(base.failures) if base is not None else {}
+        """Token key -> units that recorded the clip as failed, now or before a retry."""
         self.units: UnitTable = _merge_units(
             base.units if base is not None else None, fresh, replaced
         )
@@ -186,7 +187,7 @@ class Index:
 
     def failed_in(self, key: str) -> frozenset[str]:
         """Return the units that recorded a clip as failed."""
-        return frozenset(self.notes[key].failed_in) if key in self.notes else frozenset()
+        return frozenset(self.failures.get(key, ()))
 
     def has_unit(self, identity: str) -> bool:
         """True if a unit's commit is part of this index."""
@@ -220,7 +221,7 @@ class Index:
         if not self._added:
             return self
         merged = _merge(self.columns, _columns_of(self._added.values(), self.notes))
-        return _index(merged, self.units, self.notes)
+        return _index(merged, self.units, self.notes, self.failures)
 
     # ---------------------------------------------------------------- inside
 
@@ -230,14 +231,11 @@ class Index:
 
     def _note_all(self, commit: Commit) -> None:
         for entry in commit.clips:
-            if entry.reason is None and entry.remark is None and entry.status is not Status.FAILED:
-                continue
-            known = self.notes.get(entry.key, Note())
-            failed_in = known.failed_in
+            if entry.reason is not None or entry.remark is not None:
+                self.notes[entry.row] = Note(entry.reason, entry.remark)
             if entry.status is Status.FAILED:
-                failed_in = tuple(sorted({*failed_in, commit.unit_id}))
-            reason = entry.reason if entry.reason is not None else known.reason
-            self.notes[entry.key] = Note(reason, entry.remark or known.remark, failed_in)
+                known = self.failures.get(entry.key, ())
+                self.failures[entry.key] = tuple(sorted({*known, commit.unit_id}))
 
     def _at(self, key: str) -> int | None:
         """Return the place of a key in the columns."""
@@ -259,22 +257,24 @@ class Index:
             int(self.columns[name][place]) for name in ("row", "valid_len", "crc32c", "flags")
         )
         status = _STATUSES[flags & 3]
-        note = self.notes.get(key, Note()) if flags & _NOTED else Note()
+        note = self.notes.get(row, Note()) if flags & _NOTED else Note()
         return Entry.model_construct(
             key=key,
             row=row,
             status=status,
             valid_len=valid_len,
             crc32c=crc if status is Status.OK else None,
-            reason=note.reason if status is Status.FAILED else None,
+            reason=note.reason,
             remark=note.remark,
             truncated=bool(flags & _TRUNCATED),
         )
 
 
-def _index(columns: Columns, units: UnitTable, notes: dict[str, Note]) -> Index:
+def _index(
+    columns: Columns, units: UnitTable, notes: dict[int, Note], failures: dict[str, tuple[str, ...]]
+) -> Index:
     made = Index()
-    made.columns, made.units, made.notes = columns, units, notes
+    made.columns, made.units, made.notes, made.failures = columns, units, notes, failures
     return made
 
 
@@ -295,7 +295,7 @@ def _empty_columns() -> Columns:
     return {name: np.empty(0, dtype) for name, dtype in _COLUMNS.items()}
 
 
-def _columns_of(entries: Iterable[Entry], notes: dict[str, Note]) -> Columns:
+def _columns_of(entries: Iterable[Entry], notes: dict[int, Note]) -> Columns:
     entries = list(entries)
     keys = np.frombuffer(b"".join(bytes.fromhex(e.key) for e in entries), ">u8").reshape(-1, 4)
     columns: Columns = {f"k{i}": keys[:, i].astype(np.uint64) for i in range(4)}
@@ -303,7 +303,7 @@ def _columns_of(entries: Iterable[Entry], notes: dict[str, Note]) -> Columns:
     columns["valid_len"] = np.array([e.valid_len for e in entries], np.uint16)
     columns["crc32c"] = np.array([e.crc32c or 0 for e in entries], np.uint32)
     columns["flags"] = np.array(
-        [e.status.code | _TRUNCATED * e.truncated | _NOTED * (e.key in notes) for e in entries],
+        [e.status.code | _TRUNCATED * e.truncated | _NOTED * (e.row in notes) for e in entries],
         np.uint8,
     )
     return columns
@@ -390,7 +390,8 @@ def write_snapshot(storage: Storage, spec_id: str, index: Index) -> str:
                 "shard": index.units.shard.astype("<i8").tobytes(),
                 "n_bytes": index.units.n_bytes.astype("<i8").tobytes(),
                 "counts": index.units.counts.tobytes(),
-                "notes": json.dumps(index.notes),
+                "notes": json.dumps(list(index.notes.items())),
+                "failures": json.dumps(index.failures),
             },
         ),
     )
@@ -455,9 +456,10 @@ def read_snapshot(storage: Storage, key: str) -> Index:
         np.frombuffer(metadata[b"n_bytes"], "<i8"),
         np.frombuffer(metadata[b"counts"], np.bool_),
     )
-    columns = {name: batch.column(name).to_numpy() for name in _COLUMNS}
-    notes = {
-        key: Note(reason, remark, tuple(failed_in))
-        for key, (reason, remark, failed_in) in json.loads(metadata[b"notes"]).items()
+    columns = {  # not by to_numpy, which imports pandas where there is one: a third of a second
+        name: np.frombuffer(batch.column(name).buffers()[1], dtype, count=batch.num_rows)
+        for name, dtype in _COLUMNS.items()
     }
-    return _index(columns, units, notes)
+    notes = {row: Note(*note) for row, note in json.loads(metadata[b"notes"])}
+    failures = {key: tuple(units) for key, units in json.loads(metadata[b"failures"]).items()}
+    return _index(columns, units, notes, failures)

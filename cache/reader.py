@@ -8,6 +8,9 @@ is for programs that are built around a DataLoader.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import math
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,6 +39,10 @@ from cache.views import AudioView, ImageView, VideoView
 View = AudioView | VideoView | ImageView
 Missing = Literal["refuse", "mask"]
 
+_ANNOUNCED = 4
+"""Batches, beyond those that are read ahead, which the disk is told of."""
+_WORTH_A_THREAD_BYTES = 4 << 20
+"""Batches below this are read in the caller's thread."""
 _OK = Status.OK.code
 _STATUS = {status.code: status for status in Status}
 _NUMPY: dict[str, np.dtype[Any]] = {
@@ -83,6 +90,12 @@ class _Part:
     crc32c: Sequence[int]
     status: Sequence[int]
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the stored tokens."""
+        itemsize = _NUMPY[self.spec.dtype].itemsize
+        return sum(self.valid_len) * math.prod(self.spec.max_shape[1:]) * itemsize
+
 
 class TokenReader:
     """Reads batches of clips, any of a store's streams, as stored or through views.
@@ -111,7 +124,7 @@ class TokenReader:
             specs: Stream -> a stored spec (`TokenStore.resolve`).
             views: Stream -> what to make of its tokens; those without one come as stored.
             n_threads: Threads of `batches`; default 2, or 16 for a bucket.
-            n_ahead: Batches that are read ahead; default 4, or 16 for a bucket.
+            n_ahead: Batches that are read ahead; default 3, or 16 for a bucket. The disk is told of more.
             missing: Refuse a clip that is absent, failed or not committed, or mask the absent and
                 failed ones (what was never committed is refused in any case).
             check: Compare every clip's CRC-32C.
@@ -131,7 +144,7 @@ class TokenReader:
         self.pin_memory = pin_memory and torch.cuda.is_available()
         is_local = isinstance(store.storage, LocalStorage)
         self.n_threads = n_threads or (2 if is_local else 16)
-        self.n_ahead = n_ahead or (4 if is_local else 16)
+        self.n_ahead = n_ahead or (3 if is_local else 16)
         if memory_map is None:
             memory_map = isinstance(store.storage, LocalStorage) and not on_network(
                 store.storage.root
@@ -158,7 +171,9 @@ class TokenReader:
             CacheMissError: A clip has no tokens, see `missing`.
             CorruptTokensError: Stored bytes fail their checksum.
         """
-        return self._read(self._locate(clips))
+        parts = self._locate(clips)
+        self._will_need(parts)
+        return self._read(parts)
 
     def batches(self, order: Iterable[Sequence[Record | str]]) -> Iterator[Batch]:
         """Yield batch after batch, read ahead by threads; the disk is told of those after them.
@@ -170,18 +185,38 @@ class TokenReader:
             CacheMissError: A clip has no tokens, see `missing`.
             CorruptTokensError: Stored bytes fail their checksum.
         """
-        upcoming = iter(order)
+        located = (self._locate(clips) for clips in order)
+        first = next(located, None)
+        if first is None:
+            return
+        upcoming = itertools.chain([first], located)
+        is_local = isinstance(self.store.storage, LocalStorage)
+        if is_local and sum(part.n_bytes for part in first) < _WORTH_A_THREAD_BYTES:
+            yield from self._batches_here(upcoming)
+        else:
+            yield from self._batches_by_threads(upcoming)
+
+    def _batches_here(self, upcoming: Iterator[list[_Part]]) -> Iterator[Batch]:
+        """Read small batches in the caller's thread: handing them over would take longer."""
+        announced: deque[list[_Part]] = deque()
+        while True:
+            for parts in itertools.islice(upcoming, _ANNOUNCED + self.n_ahead - len(announced)):
+                self._will_need(parts)
+                announced.append(parts)
+            if not announced:
+                return
+            yield self._read(announced.popleft())
+
+    def _batches_by_threads(self, upcoming: Iterator[list[_Part]]) -> Iterator[Batch]:
         announced: deque[list[_Part]] = deque()
         reading: deque[Future[Batch]] = deque()
         pool = ThreadPoolExecutor(self.n_threads, thread_name_prefix="emocache-read")
         try:
             while True:
-                while len(announced) + len(reading) < 2 * self.n_ahead:
-                    clips = next(upcoming, None)
-                    if clips is None:
-                        break
-                    announced.append(self._locate(clips))
-                    pool.submit(self._will_need, announced[-1])
+                room = _ANNOUNCED + self.n_ahead - len(announced) - len(reading)
+                for parts in itertools.islice(upcoming, room):
+                    announced.append(parts)
+                    pool.submit(self._will_need, parts)
                 while announced and len(reading) < self.n_ahead:
                     reading.append(pool.submit(self._read, announced.popleft()))
                 if not reading:
@@ -249,10 +284,12 @@ class TokenReader:
             scales = np.zeros((n_clips, n_tokens, *tail[1:-1]), np.float32)
             exponents = np.zeros((n_clips, tail[-1]), np.int8)
         for place, n_valid in enumerate(part.valid_len):
+            out = tokens[place]
             if n_valid < n_tokens:
-                tokens[place, n_valid:] = 0
+                out[n_valid:] = 0
+                out = out[:n_valid]
             if n_valid:
-                quantized = self._read_clip(part, place, tokens[place, :n_valid])
+                quantized = self._read_clip(part, place, out)
                 if quantized is not None and scales is not None and exponents is not None:
                     scales[place, :n_valid] = quantized.token_scale
                     exponents[place] = quantized.channel_exponent
@@ -374,15 +411,11 @@ class _Pool:
         n_bytes = int(np.prod(shape)) * dtype.itemsize
         kept = self._free.setdefault((shape[1:] if len(shape) > 3 else shape[2:], dtype), [])
         raw = None
-        for place, candidate in enumerate(kept):
-            if candidate.nbytes >= n_bytes:
-                try:
-                    raw = kept.pop(place)
-                except IndexError:
-                    continue  # another thread took it
-                if raw.nbytes >= n_bytes:
-                    break
-                raw = None
+        while kept and raw is None:
+            with contextlib.suppress(IndexError):  # another thread took the last one
+                raw = kept.pop()  # the one that was used last: it may still be in the CPU's cache
+            if raw is not None and raw.nbytes < n_bytes:
+                raw = None  # too small: a larger one takes its place
         if raw is None:
             raw = np.empty(n_bytes + n_bytes // 4, np.uint8)
         array = raw[:n_bytes].view(dtype).reshape(shape)

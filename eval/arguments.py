@@ -101,3 +101,12 @@ def spec_of(text: str, store: TokenStore | None = None) -> TokenSpec:
     raise CacheMissError(
         f"{store.root}: {'several specs' if fitting else 'no spec'} fit {text!r}. Stored: {stored}"
     )
+
+
+def one_of(first_name: str, first: object, second_name: str, second: object) -> None:
+    """Refuse two options of which one, and only one, must be given."""
+    if (first is None) == (second is None):
+        raise SchemaError(
+            f"give either {first_name} or {second_name}, "
+            f"{'not both' if first is not None else 'got neither'}."
+        )

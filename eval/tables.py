@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -15,6 +16,11 @@ from cache.spec import Stream, TokenSpec
 from cache.store import TokenStore
 from eval.report import human_size
 from extract.plan import NEVER, OTHER_SPEC, RETRY, Plan
+
+if TYPE_CHECKING:
+    from cache.audit import Finding
+    from cache.statistics import TokenStatistics
+    from extract.recheck import Recheck
 
 _STATUSES = (Status.OK, Status.ABSENT, Status.FAILED)
 _SHORT_DTYPE = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "int8": "int8"}
@@ -114,4 +120,54 @@ def garbage_table(found: Garbage) -> Table:
     for why, files in found.files.items():
         table.add_row(why, f"{len(files):,}")
     table.add_row("together", f"{found.n_files:,}, {human_size(found.n_bytes)}", style="bold")
+    return table
+
+
+def finding_table(findings: Sequence[Finding], title: str | None = None) -> Table:
+    """Return what an audit found, and the cure of each."""
+    table = _table("severity", "what", "cure")
+    table.title = title
+    for column in table.columns[1:]:
+        column.no_wrap = False
+    for finding in findings:
+        table.add_row(finding.severity, finding.what, finding.cure)
+    return table
+
+
+def recheck_table(results: Sequence[Recheck]) -> Table:
+    """Return how clips that were encoded again compare with what is stored."""
+    numbers = ("relative L2", "largest difference")
+    table = _table("clip", "stream", *numbers, "verdict", numbers=numbers)
+    for one in results:
+        table.add_row(
+            one.uid,
+            one.stream,
+            "-" if one.relative_l2 is None else f"{one.relative_l2:.2g}",
+            "-" if one.max_abs is None else f"{one.max_abs:.2g}",
+            "equal" if one.passed else one.reason or "differs",
+        )
+    return table
+
+
+def statistics_table(found: Sequence[TokenStatistics]) -> Table:
+    """Return the most telling numbers of each spec."""
+    numbers = ("clips", "tokens", "median norm", "outlier channels", "median length", "zeros")
+    table = _table("stream", "spec", *numbers, numbers=numbers)
+    for one in found:
+        outliers = f"{len(one.outlier_channels)}"
+        if one.outlier_channels:
+            outliers += f", up to {one.outlier_channels[0].factor:.0f}x"
+        length = f"{one.valid_len.p50:g}"
+        if one.duration_s is not None:
+            length = f"{one.duration_s.p50:.1f} s"
+        table.add_row(
+            one.stream,
+            one.spec_id,
+            f"{one.n_clips:,}",
+            f"{one.n_tokens:,}",
+            f"{one.token_norm.p50:.1f}",
+            outliers,
+            length,
+            f"{one.zero_share:.1%}",
+        )
     return table

@@ -115,7 +115,7 @@ def _extract_unit(
     done: dict[str, list[ClipTokens]] = {spec.stream: [] for spec in unit.specs}
     for record, found in _decode_ahead(unit, media_root, pool):
         for spec in unit.specs:
-            clip = _encode(unit, spec, record, found, bank)
+            clip = encode_clip(unit, spec, record, found, bank)
             done[spec.stream].append(clip)
             if clip.status is Status.FAILED:
                 report.failures.append((record.uid, spec.stream, clip.reason or ""))
@@ -143,7 +143,7 @@ def _decode_ahead(
     remaining = iter(unit.records)
     while True:
         while len(waiting) < _DECODED_AHEAD and (record := next(remaining, None)) is not None:
-            task = pool.submit(_decode, record, media_path(media_root, record), unit.specs)
+            task = pool.submit(decode_clip, record, media_path(media_root, record), unit.specs)
             waiting.append((record, task))
         if not waiting:
             return
@@ -151,7 +151,7 @@ def _decode_ahead(
         yield record, future.result()
 
 
-def _decode(record: Record, path: Path, specs: Sequence[TokenSpec]) -> Decoded | str:
+def decode_clip(record: Record, path: Path, specs: Sequence[TokenSpec]) -> Decoded | str:
     """Decode a clip, or return why it cannot be decoded."""
     try:
         if file_sha256(path) != record.clip.sha256:
@@ -177,9 +177,10 @@ def _decode(record: Record, path: Path, specs: Sequence[TokenSpec]) -> Decoded |
         return f"unexpected {type(error).__name__}: {error}"
 
 
-def _encode(
+def encode_clip(
     unit: Unit, spec: TokenSpec, record: Record, found: Decoded | str, bank: EncoderBank
 ) -> ClipTokens:
+    """Encode a decoded clip under one spec of a unit; what cannot be encoded is failed, with the reason."""
     if isinstance(found, str):
         return ClipTokens(record.token_key(spec), Status.FAILED, reason=found)
     choice = None
