@@ -38,7 +38,7 @@ def write_text_aside(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
-def create_once(path: Path, data: bytes) -> bool:
+def create_once(path: Path, data: bytes, *, durable: bool = True) -> bool:
     """Create a file with `data` unless it exists; return whether this call created it.
 
     The content is complete and synced before the name appears (`link` fails if the name exists,
@@ -48,15 +48,17 @@ def create_once(path: Path, data: bytes) -> bool:
     try:
         with aside.open("xb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         try:
             os.link(aside, path)
         except FileExistsError:
             # NFS may do the link, lose its answer, and refuse the repeated request.
             if aside.stat().st_nlink < 2:
                 return False
-        fsync_folder(path.parent)
+        if durable:
+            fsync_folder(path.parent)
         return True
     finally:
         aside.unlink(missing_ok=True)

@@ -231,7 +231,7 @@ class ObjectStorage:
 
     # ---------------------------------------------------------------- writing
 
-    def create(self, key: str, data: bytes) -> bool:
+    def create(self, key: str, data: bytes, *, durable: bool = True) -> bool:
         """See `cache.storage.Storage.create`; equal `data` of two callers counts as one creation.
 
         An answer may be lost after the object was stored, and the repetition is then refused because

@@ -218,7 +218,7 @@ class TokenReader:
                     announced.append(parts)
                     pool.submit(self._will_need, parts)
                 while announced and len(reading) < self.n_ahead:
-                    reading.append(pool.submit(self._read, announced.popleft()))
+                    reading.append(pool.submit(self._read, announced.popleft(), in_blocks=False))
                 if not reading:
                     return
                 yield reading.popleft().result()
@@ -266,15 +266,17 @@ class TokenReader:
             except (OSError, CorruptTokensError):
                 return  # `_read` meets the same, and names it
 
-    def _read(self, parts: list[_Part]) -> Batch:
+    def _read(self, parts: list[_Part], *, in_blocks: bool = True) -> Batch:
         return {
             part.spec.stream: (
-                self._read_views(part) if part.spec.stream in self.views else self._read_plain(part)
+                self._read_views(part)
+                if part.spec.stream in self.views
+                else self._read_plain(part, in_blocks=in_blocks)
             )
             for part in parts
         }
 
-    def _read_plain(self, part: _Part) -> StreamBatch:
+    def _read_plain(self, part: _Part, *, in_blocks: bool) -> StreamBatch:
         spec, n_clips = part.spec, len(part.keys)
         tail = spec.max_shape
         n_tokens = max([1, *part.valid_len]) if spec.stream == "audio" else tail[0]
@@ -289,7 +291,7 @@ class TokenReader:
                 out[n_valid:] = 0
                 out = out[:n_valid]
             if n_valid:
-                quantized = self._read_clip(part, place, out)
+                quantized = self._read_clip(part, place, out, in_blocks=in_blocks)
                 if quantized is not None and scales is not None and exponents is not None:
                     scales[place, :n_valid] = quantized.token_scale
                     exponents[place] = quantized.channel_exponent
@@ -339,13 +341,15 @@ class TokenReader:
             stored = None
         if stored is None:
             buffer = np.empty((n_valid, *spec.max_shape[1:]), _NUMPY[spec.dtype])
-            quantized = self._read_clip(part, place, buffer)
+            quantized = self._read_clip(part, place, buffer, in_blocks=True)
             if quantized is not None:
                 return dequantize(quantized)
             stored = buffer
         return stored.view(ml_dtypes.bfloat16) if spec.dtype == "bfloat16" else stored
 
-    def _read_clip(self, part: _Part, place: int, out: Values) -> Quantized | None:
+    def _read_clip(
+        self, part: _Part, place: int, out: Values, *, in_blocks: bool
+    ) -> Quantized | None:
         """Read one clip's stored tokens into `out`; return them with their scales if int8.
 
         Whatever goes wrong on the quick path is left to `TokenStore.read_stored`, which looks again
@@ -356,7 +360,7 @@ class TokenReader:
             number, at = part.places[place]
             try:
                 shard = self.store.shard(spec, number, memory_map=self.memory_map)
-                checksum = shard.read_into(out, at, check=self.check)
+                checksum = shard.read_into(out, at, check=self.check, in_blocks=in_blocks)
                 if checksum is None or checksum == part.crc32c[place]:
                     if spec.dtype != "int8":
                         return None

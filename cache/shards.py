@@ -88,13 +88,16 @@ def can_read(metadata: dict[str, Any], plan: ArrayPlan) -> Compression | None:
     return chains[0] if fits and chains else None
 
 
-def encode_shard(plan: ArrayPlan, clips: Iterable[Values | None]) -> Iterator[Bytes]:
+def encode_shard(
+    plan: ArrayPlan, clips: Iterable[Values | None], checksums: list[int | None] | None = None
+) -> Iterator[Bytes]:
     """Yield a shard's bytes, piece by piece; at most one clip is held beside the input.
 
     Args:
         plan: The `tokens` array.
         clips: Up to `CLIPS_PER_SHARD` arrays of at most `plan.tail` in the stored dtype; None for a
             clip without tokens.
+        checksums: Where to put the CRC-32C of each clip's tokens, which most often is its chunk's.
     """
     per_clip, step = chunks_per_clip(plan), plan.chunk_tail[0]
     dtype = np.dtype(plan.dtype).newbyteorder("<")
@@ -102,12 +105,19 @@ def encode_shard(plan: ArrayPlan, clips: Iterable[Values | None]) -> Iterator[By
     position = 0
     for row, clip in enumerate(clips):
         if clip is None:
+            if checksums is not None:
+                checksums.append(None)
             continue
         gap = -position % _ALIGNMENT_BYTES
         position += gap
         yield bytes(gap)
+        clip_checksum = 0
         for number, start in enumerate(range(0, len(clip), step)):
             piece = np.ascontiguousarray(clip[start : start + step], dtype)
+            is_whole = len(piece) == step and plan.compression == "none"
+            if checksums is not None and not (is_whole and len(clip) == step):
+                raw = piece.reshape(-1).view(np.uint8).data
+                clip_checksum = crc32c_library.crc32c(raw, clip_checksum)
             if len(piece) < step:
                 piece = np.concatenate(
                     [piece, np.zeros((step - len(piece), *piece.shape[1:]), dtype)]
@@ -118,7 +128,12 @@ def encode_shard(plan: ArrayPlan, clips: Iterable[Values | None]) -> Iterator[By
             index[row * per_clip + number] = position, len(data) + _CRC_BYTES
             position += len(data) + _CRC_BYTES
             yield data
-            yield crc32c_library.crc32c(data).to_bytes(_CRC_BYTES, "little")
+            checksum = crc32c_library.crc32c(data)
+            if is_whole and len(clip) == step:
+                clip_checksum = checksum
+            yield checksum.to_bytes(_CRC_BYTES, "little")
+        if checksums is not None:
+            checksums.append(clip_checksum)
     yield index.reshape(-1).view(np.uint8).data
     yield crc32c(index).to_bytes(_CRC_BYTES, "little")
 
@@ -153,11 +168,13 @@ class _Source(Protocol):
     def read(self, start: int, n_bytes: int) -> Bytes:
         """Read a stretch; shorter where the file ends."""
 
-    def scatter(self, start: int, pieces: list[Raw], *, check: bool) -> int | None:
-        """Fill pieces that stand one after the other, a checksum between each two.
+    def gather(
+        self, start: int, out: Raw, chunk_bytes: int, *, check: bool, in_blocks: bool
+    ) -> int | None:
+        """Fill `out` from chunks that stand one after the other, a checksum between each two.
 
         Returns:
-            The CRC-32C of all pieces, if it is to be checked.
+            The CRC-32C of `out`, if it is to be checked.
 
         Raises:
             CorruptTokensError: The file ends before.
@@ -182,8 +199,11 @@ class _File:
     def read(self, start: int, n_bytes: int) -> Bytes:
         return os.pread(self._descriptor, n_bytes, start)
 
-    def scatter(self, start: int, pieces: list[Raw], *, check: bool) -> int | None:
+    def gather(
+        self, start: int, out: Raw, chunk_bytes: int, *, check: bool, in_blocks: bool
+    ) -> int | None:
         checksum = np.empty(_CRC_BYTES, np.uint8)
+        pieces = [out[i : i + chunk_bytes] for i in range(0, out.nbytes, chunk_bytes)]
         buffers = [part for piece in pieces for part in (piece, checksum)][:-1]
         for first in range(0, len(buffers), _BUFFERS):
             group = buffers[first : first + _BUFFERS]
@@ -191,7 +211,7 @@ class _File:
             if os.preadv(self._descriptor, [part.data for part in group], start) != n_bytes:
                 raise CorruptTokensError("the shard is shorter than its index says")
             start += n_bytes
-        return _checksum(pieces) if check else None
+        return crc32c_library.crc32c(out.data) if check else None
 
     def will_need(self, start: int, n_bytes: int) -> None:
         os.posix_fadvise(self._descriptor, start, n_bytes, os.POSIX_FADV_WILLNEED)
@@ -216,19 +236,34 @@ class _Mapped:
     def read(self, start: int, n_bytes: int) -> Bytes:
         return self._bytes[start : start + n_bytes].data
 
-    def scatter(self, start: int, pieces: list[Raw], *, check: bool) -> int | None:
+    def gather(
+        self, start: int, out: Raw, chunk_bytes: int, *, check: bool, in_blocks: bool
+    ) -> int | None:
+        if check and in_blocks:
+            return self._gather_in_blocks(start, out, chunk_bytes)
+        n_whole = out.nbytes // chunk_bytes
+        if n_whole:
+            rows = self._bytes[start : start + n_whole * (chunk_bytes + _CRC_BYTES)]
+            rows = rows.reshape(n_whole, chunk_bytes + _CRC_BYTES)[:, :chunk_bytes]
+            np.copyto(out[: n_whole * chunk_bytes].reshape(n_whole, chunk_bytes), rows)
+            start += n_whole * (chunk_bytes + _CRC_BYTES)
+        rest = out[n_whole * chunk_bytes :]
+        if rest.nbytes:
+            np.copyto(rest, self._bytes[start : start + rest.nbytes])
+        return crc32c_library.crc32c(out.data) if check else None
+
+    def _gather_in_blocks(self, start: int, out: Raw, chunk_bytes: int) -> int:
+        """Sum and copy in turns: what was just summed is copied from the core's own cache."""
         checksum = 0
-        for piece in pieces:
-            size = piece.nbytes
-            # In blocks: what was just summed is copied from the core's own cache.
-            block = _BLOCK_BYTES if check else size
-            for done in range(0, size, block):
-                source = self._bytes[start + done : start + min(done + block, size)]
-                if check:
-                    checksum = crc32c_library.crc32c(source.data, checksum)
-                np.copyto(piece[done : done + block], source)
-            start += size + _CRC_BYTES
-        return checksum if check else None
+        for done in range(0, out.nbytes, chunk_bytes):
+            end = min(done + chunk_bytes, out.nbytes)
+            for at in range(done, end, _BLOCK_BYTES):
+                target = out[at : min(at + _BLOCK_BYTES, end)]
+                source = self._bytes[start + at - done : start + at - done + target.nbytes]
+                checksum = crc32c_library.crc32c(source.data, checksum)
+                np.copyto(target, source)
+            start += chunk_bytes + _CRC_BYTES
+        return checksum
 
     def will_need(self, start: int, n_bytes: int) -> None:
         first = start - start % mmap.PAGESIZE
@@ -245,26 +280,21 @@ class _Remote:
     def read(self, start: int, n_bytes: int) -> Bytes:
         return self._storage.read_range(self._key, start, n_bytes)
 
-    def scatter(self, start: int, pieces: list[Raw], *, check: bool) -> int | None:
-        n_bytes = sum(piece.nbytes + _CRC_BYTES for piece in pieces) - _CRC_BYTES
+    def gather(
+        self, start: int, out: Raw, chunk_bytes: int, *, check: bool, in_blocks: bool
+    ) -> int | None:
+        n_bytes = out.nbytes + (out.nbytes - 1) // chunk_bytes * _CRC_BYTES
         data = np.frombuffer(self.read(start, n_bytes), np.uint8)
         if data.nbytes != n_bytes:
             raise CorruptTokensError("the shard is shorter than its index says")
-        done = 0
-        for piece in pieces:
-            piece[:] = data[done : done + piece.nbytes]
-            done += piece.nbytes + _CRC_BYTES
-        return _checksum(pieces) if check else None
+        for done in range(0, out.nbytes, chunk_bytes):
+            piece = out[done : done + chunk_bytes]
+            at = done + done // chunk_bytes * _CRC_BYTES
+            piece[:] = data[at : at + piece.nbytes]
+        return crc32c_library.crc32c(out.data) if check else None
 
     def will_need(self, start: int, n_bytes: int) -> None:
         """Nothing to ask for: the threads of `TokenReader` fetch ahead."""
-
-
-def _checksum(pieces: list[Raw]) -> int:
-    checksum = 0
-    for piece in pieces:
-        checksum = crc32c_library.crc32c(piece.data, checksum)
-    return checksum
 
 
 class Shard:
@@ -325,7 +355,7 @@ class Shard:
         if self._starts[place] >= 0:
             n_chunks = -(-valid_len // self._step)
             return self._starts[place], n_chunks * (self._chunk_bytes + _CRC_BYTES)
-        chunks = self._chunks(place, valid_len)
+        chunks = self.chunks(place, valid_len)
         start = min(start for start, _ in chunks)
         return start, max(start + length for start, length in chunks) - start
 
@@ -347,13 +377,17 @@ class Shard:
         self.read_into(tokens, place)
         return tokens
 
-    def read_into(self, out: Values, place: int, *, check: bool = False) -> int | None:
+    def read_into(
+        self, out: Values, place: int, *, check: bool = False, in_blocks: bool = True
+    ) -> int | None:
         """Read as many of a clip's tokens as `out` holds, into `out`.
 
         Args:
             out: Contiguous, (valid_len, ...) of the stored dtype.
             place: Number of the clip in the shard.
             check: Compute the CRC-32C of `out` on the way.
+            in_blocks: Sum and copy in turns, which is quicker in a thread of its own; among threads
+                that wait for one another's interpreter lock, few long calls are.
 
         Returns:
             The checksum if asked for.
@@ -363,14 +397,14 @@ class Shard:
         """
         target: Raw = out.reshape(-1).view(np.uint8)
         if self._starts[place] >= 0 and len(out) <= self._step * len(self._chunks_of[place]):
-            step = self._chunk_bytes
-            pieces = [target[i : i + step] for i in range(0, target.nbytes, step)]
-            return self._source.scatter(self._starts[place], pieces, check=check)
+            return self._source.gather(
+                self._starts[place], target, self._chunk_bytes, check=check, in_blocks=in_blocks
+            )
         done = 0
         for data in self._pieces(place, len(out)):
             target[done : done + len(data)] = np.frombuffer(data, np.uint8)
             done += len(data)
-        checksum = _checksum([target]) if check else None
+        checksum = crc32c_library.crc32c(target.data) if check else None
         if sys.byteorder == "big":
             out.byteswap(inplace=True)
         return checksum
@@ -384,11 +418,11 @@ class Shard:
             return None
         if valid_len > self._step or sys.byteorder == "big":
             return None
-        ((start, _),) = self._chunks(place, valid_len)
+        ((start, _),) = self.chunks(place, valid_len)
         data = self._source.read(start, valid_len * self._token_bytes)
         return np.frombuffer(data, self._dtype).reshape(valid_len, *self._plan.tail[1:])
 
-    def _chunks(self, place: int, valid_len: int) -> list[tuple[int, int]]:
+    def chunks(self, place: int, valid_len: int) -> list[tuple[int, int]]:
         """Return start and length of the chunks that hold a clip's valid tokens."""
         count = -(-valid_len // self._step)
         chunks = self._chunks_of[place][:count]
@@ -403,7 +437,7 @@ class Shard:
     def _pieces(self, place: int, valid_len: int) -> Iterator[Bytes]:
         """Yield the bytes of a clip's valid tokens, whatever the order and size of its chunks."""
         left = valid_len * self._token_bytes
-        for start, length in self._chunks(place, valid_len):
+        for start, length in self.chunks(place, valid_len):
             data = memoryview(self._source.read(start, length - _CRC_BYTES))
             if len(data) != length - _CRC_BYTES:
                 raise CorruptTokensError("the shard is shorter than its index says")

@@ -53,8 +53,14 @@ class Storage(Protocol):
     def folders(self, folder: str) -> list[str]:
         """Return the names of the folders in a folder, unordered."""
 
-    def create(self, key: str, data: bytes) -> bool:
-        """Create a file unless it exists, whole and durable; return whether this call did."""
+    def create(self, key: str, data: bytes, *, durable: bool = True) -> bool:
+        """Create a file unless it exists, whole; return whether this call did.
+
+        Args:
+            key: The file.
+            data: Its content.
+            durable: False for what a power cut may lose.
+        """
 
     def replace(self, key: str, data: bytes, *, durable: bool = True) -> None:
         """Write a file, whole or not at all, over an existing one.
@@ -130,11 +136,11 @@ class LocalStorage:
         except FileNotFoundError:
             return []
 
-    def create(self, key: str, data: bytes) -> bool:
+    def create(self, key: str, data: bytes, *, durable: bool = True) -> bool:
         """See `Storage.create`."""
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return create_once(path, data)
+        return create_once(path, data, durable=durable)
 
     def replace(self, key: str, data: bytes, *, durable: bool = True) -> None:
         """See `Storage.replace`."""

@@ -61,7 +61,9 @@ class StoredTokens:
     entry: Entry
 
 
-class _Marker(Model):
+class Marker(Model):
+    """What `store.json` holds."""
+
     format: Literal["emocache-store"]
     version: int
     compression: Compression = "none"
@@ -132,7 +134,7 @@ class TokenStore:
     def _open(cls, storage: Storage) -> TokenStore:
         where = storage.url
         try:
-            found = decode_json(_Marker, storage.read(layout.MARKER), f"{where}/{layout.MARKER}")
+            found = decode_json(Marker, storage.read(layout.MARKER), f"{where}/{layout.MARKER}")
         except (FileNotFoundError, NotADirectoryError):
             if isinstance(storage, LocalStorage) and not storage.root.exists():
                 raise StoreError(
@@ -144,8 +146,7 @@ class TokenStore:
             ) from None
         except SchemaError as error:
             raise StoreError(
-                f"{error}. The file is damaged, or of another program; `emocache store doctor` restores "
-                "it if the folder is a store."
+                f"{str(error).rstrip('.')}. If this is a store, `emocache store doctor` restores the file."
             ) from None
         except OSError as error:
             raise StoreError(f"{where}: cannot be read ({error.strerror or error}).") from None
@@ -610,7 +611,13 @@ class TokenStore:
         key = layout.probe(spec.spec_id)
         if self.storage.create(key, json.dumps([float(v) for v in values]).encode()):
             return
-        recorded = np.asarray(json.loads(self.storage.read(key)), np.float64)
+        try:
+            recorded = np.asarray(json.loads(self.storage.read(key)), np.float64)
+        except (ValueError, TypeError) as error:
+            raise StoreError(
+                f"{self.root}/{key}: the recorded probe is damaged ({error}). Restore the file from a copy; "
+                "without it, a changed library would go unnoticed."
+            ) from None
         got = np.asarray(values, np.float64)
         worst = math.inf
         if recorded.shape == got.shape:
@@ -644,7 +651,7 @@ def _create(storage: Storage, compression: Compression) -> None:
         )
     root_group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
     storage.create(f"{layout.ZARR}/zarr.json", json.dumps(root_group).encode())
-    marker = _Marker(format=FORMAT_NAME, version=FORMAT_VERSION, compression=compression)
+    marker = Marker(format=FORMAT_NAME, version=FORMAT_VERSION, compression=compression)
     storage.create(layout.MARKER, marker.model_dump_json().encode())
 
 

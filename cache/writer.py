@@ -27,15 +27,20 @@ from cache.commit import (
     Status,
     read_commit,
     unit_id,
+    unit_ids,
     write_commit,
 )
 from cache.errors import CorruptTokensError, StoreError
+from cache.index import read_index
 from cache.layout import CLIPS_PER_SHARD, ArrayPlan, Compression
 from cache.quantize import Quantized, quantize
 from cache.shards import Shard, Values, crc32c, encode_chunk, encode_shard
 from cache.spec import TokenSpec
-from cache.storage import Storage
+from cache.storage import LocalStorage, Storage, on_network
 
+_INFINITY_BITS = {"float16": 0x7C00, "bfloat16": 0x7F80}
+_GROWTH = 7
+"""Shards by which arrays grow beyond what is claimed."""
 _ATTEMPTS = 8
 """Times that a unit's files may be taken for garbage while they are written."""
 
@@ -169,33 +174,47 @@ class UnitWriter:
             "pid": os.getpid(),
         }
         shard = self._next_claim or self._n_claimed()
-        while not self.storage.create(f"{folder}/{shard:08d}", json.dumps(note).encode()):
+        # Not synced: should a power cut lose the claim of a committed shard, `_n_claimed` notices.
+        while not self.storage.create(
+            f"{folder}/{shard:08d}", json.dumps(note).encode(), durable=False
+        ):
             shard += 1
         self._next_claim = shard + 1
         return shard
 
     def _n_claimed(self) -> int:
         names = self.storage.names(layout.claims(self.spec.spec_id))
-        return max((int(name) for name in names if name.isdigit()), default=-1) + 1
+        shards = {int(name) for name in names if name.isdigit()}
+        if len(unit_ids(self.storage, self.spec.spec_id)) > len(shards):
+            # A copy that left claims behind: committed shards must not be taken for free.
+            shards |= read_index(self.storage, self.spec.spec_id).shards()
+        return max(shards, default=-1) + 1
 
     def _grow(self, shard: int) -> None:
         """Make every array long enough for all claimed shards.
 
         Array metadata is replaced as a whole, so two growing writers may overwrite one another.
         Each therefore writes the length that all *claims* need and looks again afterwards: whoever
-        writes last leaves the greatest. Large stores grow by an eighth at a time, so that few
-        commits have to list the claims.
+        writes last leaves the greatest. Arrays grow by some shards at a time, or by an eighth, so that
+        few commits have to do this.
         """
         wanted = shard + 1
         while True:
             short = False
             for plan in self.plans:
                 key = f"{self._group}/{plan.name}/zarr.json"
-                metadata = json.loads(self.storage.read(key))
-                if metadata["shape"][0] < wanted * CLIPS_PER_SHARD:
+                try:
+                    metadata = json.loads(self.storage.read(key))
+                    n_rows = int(metadata["shape"][0])
+                except (ValueError, KeyError, TypeError, IndexError) as error:
+                    raise StoreError(
+                        f"{self.storage.url}/{key}: damaged ({type(error).__name__}: {error}); nothing was "
+                        "committed. `emocache store doctor` writes it again."
+                    ) from None
+                if n_rows < wanted * CLIPS_PER_SHARD:
                     if not short:
                         n_claimed = self._n_claimed()
-                        wanted = max(wanted, n_claimed + n_claimed // 8)
+                        wanted = max(wanted, n_claimed + max(_GROWTH, n_claimed // 8))
                     short = True
                     metadata["shape"][0] = wanted * CLIPS_PER_SHARD
                     self.storage.replace(key, json.dumps(metadata, indent=2).encode())
@@ -206,7 +225,8 @@ class UnitWriter:
         tokens_plan, *small_plans = self.plans
         start = shard * CLIPS_PER_SHARD
         small = {p.name: np.full((CLIPS_PER_SHARD, *p.tail), p.fill, p.dtype) for p in small_plans}
-        entries: list[Entry] = []
+        lengths: list[int] = []
+        checksums: list[int | None] = []
 
         def stored() -> Iterable[Values | None]:
             # One clip at a time: no more than that is held beside the caller's.
@@ -217,24 +237,27 @@ class UnitWriter:
                 if values is not None and self.spec.frames is not None:
                     small["frame_index"][place] = clip.frame_index
                     small["frame_pts_s"][place] = clip.frame_pts_s
-                entry = Entry(
-                    key=clip.key,
-                    row=start + place,
-                    status=clip.status,
-                    valid_len=0 if values is None else len(values),
-                    crc32c=None if values is None else crc32c(values),
-                    reason=clip.reason,
-                    remark=clip.remark,
-                    truncated=clip.truncated,
-                )
-                small["valid_len"][place] = entry.valid_len
+                lengths.append(0 if values is None else len(values))
+                small["valid_len"][place] = lengths[-1]
                 small["status"][place] = clip.status.code
                 small["clip"][place] = np.frombuffer(bytes.fromhex(clip.key), np.uint8)
-                entries.append(entry)
                 yield values
 
         key = f"{self._group}/{tokens_plan.name}/{tokens_plan.chunk_file(shard)}"
-        n_bytes = self.storage.write(key, encode_shard(tokens_plan, stored()))
+        n_bytes = self.storage.write(key, encode_shard(tokens_plan, stored(), checksums))
+        entries = [
+            Entry(
+                key=clip.key,
+                row=start + place,
+                status=clip.status,
+                valid_len=lengths[place],
+                crc32c=checksums[place],
+                reason=clip.reason,
+                remark=clip.remark,
+                truncated=clip.truncated,
+            )
+            for place, clip in enumerate(clips)
+        ]
         for plan in small_plans:
             data = encode_chunk(plan, small[plan.name])
             n_bytes += len(data)
@@ -257,11 +280,15 @@ class UnitWriter:
 
     def _read_back(self, key: str, plan: ArrayPlan, entries: Sequence[Entry]) -> None:
         """Compare what stands in the storage with what was meant, clip by clip."""
-        shard = Shard(self.storage, key, plan)
+        mapped = isinstance(self.storage, LocalStorage) and not on_network(self.storage.root)
+        shard = Shard(self.storage, key, plan, memory_map=mapped)
         for place, entry in enumerate(entries):
             if entry.crc32c is None:
                 continue
-            if crc32c(shard.read(place, entry.valid_len)) != entry.crc32c:
+            found = shard.peek(place, entry.valid_len)
+            if found is None:
+                found = shard.read(place, entry.valid_len)
+            if crc32c(found) != entry.crc32c:
                 raise CorruptTokensError(
                     f"{self.storage.url}/{key}: reads back differently from what was written; nothing "
                     "was committed. Check the disk and run the command again."
@@ -355,4 +382,14 @@ def is_storable(tokens: Values | Quantized, spec: TokenSpec) -> bool:
         return bool(np.isfinite(tokens.token_scale).all())
     dtype = {"bfloat16": ml_dtypes.bfloat16, "int8": tokens.dtype}.get(spec.dtype, spec.dtype)
     with np.errstate(over="ignore"):
-        return bool(np.isfinite(tokens.astype(dtype, copy=False)).all())
+        stored = tokens.astype(dtype, copy=False)
+    infinity = _INFINITY_BITS.get(stored.dtype.name)
+    if infinity is None:
+        return bool(np.isfinite(stored).all())
+    # numpy takes 16-bit floats one at a time. Their bits rise with their magnitude, infinity and NaN
+    # last, positive ones as signed numbers and negative ones as unsigned: two quick maxima.
+    bits = np.ascontiguousarray(stored)
+    return bool(
+        bits.view(np.int16).max(initial=0) < infinity
+        and bits.view(np.uint16).max(initial=0) < infinity + 0x8000
+    )

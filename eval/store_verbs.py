@@ -279,19 +279,17 @@ def store_verify(
     device: Annotated[str, typer.Option(help="Of --deep: cpu, cuda or cuda:N")] = "cpu",
 ) -> int:
     """Read everything back and compare it with its checksums, its spec and its manifest."""
-    from cache.audit import verify
+    from cache.audit import doctor_open, verify
     from cache.manifest import read_manifest
-    from cache.store import TokenStore
     from eval.progress import progress_bar
     from eval.report import human_size
     from eval.tables import finding_table
 
     if deep and manifest is None:
         raise SchemaError("--deep N encodes clips of a manifest again; give it with --manifest.")
-    opened = TokenStore.open(store)
+    opened = doctor_open(store)
     found = None if manifest is None else read_manifest(manifest)
-    total = sum(len(opened.index(spec)) for spec in opened.specs.values())
-    with progress_bar(err, "verifying", total, "clips") as bar:
+    with progress_bar(err, "verifying", 0, "clips") as bar:
         report = verify(opened, None if found is None else found.records, on_clip=bar.advance)
     if report.findings:
         out.print(finding_table(report.findings))
