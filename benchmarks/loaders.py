@@ -619,7 +619,10 @@ class Ours(OnStore):
     """The store's own reader, with every clip's checksum compared."""
 
     name = "emocache"
-    modes = (IN_LINE, Mode("threads", 1), *THREADS)
+    modes = (
+        *(IN_LINE, Mode("threads", 1), Mode("threads", 2)),
+        *(Mode("threads", 2, "direct"), Mode("threads", 4, "direct")),
+    )
     check: ClassVar[bool] = True
 
     def _connect(self) -> None:
@@ -628,7 +631,10 @@ class Ours(OnStore):
 
         wanted: Any = {s: spec for s, spec in specs().items() if s in self.streams}
         store, n_threads = TokenStore.open(self.root), max(1, self.mode.n)
-        self._reader = TokenReader(store, wanted, n_threads=n_threads, check=self.check)
+        access: Any = self.mode.variant or "map"
+        self._reader = TokenReader(
+            store, wanted, n_threads=n_threads, check=self.check, access=access
+        )
 
     def batches(self, order: Order) -> Iterator[Batch]:
         """Yield the batches of `order`."""

@@ -366,6 +366,8 @@ def import_npy(
         for _ in part:
             if on_clip is not None:
                 on_clip()
+    if report.imported:
+        store.write_snapshot(spec)
     return report
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,9 +31,9 @@ from cache.commit import Status
 from cache.errors import CorruptTokensError
 from cache.layout import CLIPS_PER_SHARD
 from cache.quantize import Quantized, dequantize
-from cache.shards import Values, crc32c
+from cache.shards import Access, Values, crc32c
 from cache.spec import Stream, TokenSpec
-from cache.storage import LocalStorage, on_network
+from cache.storage import LocalStorage, free_memory_bytes, on_network
 from cache.store import TokenStore
 from cache.views import AudioView, ImageView, VideoView
 
@@ -97,6 +98,52 @@ class _Part:
         return sum(self.valid_len) * math.prod(self.spec.max_shape[1:]) * itemsize
 
 
+@dataclass
+class _Half:
+    """One stream of a batch in the making."""
+
+    tokens: npt.NDArray[Any]
+    tensor: Tensor
+    """The same memory."""
+    mask: npt.NDArray[np.bool_] | None = None
+    """Of a view."""
+    cls: npt.NDArray[np.float32] | None = None
+    scales: npt.NDArray[np.float32] | None = None
+    exponents: npt.NDArray[np.int8] | None = None
+
+    def others(self) -> tuple[npt.NDArray[Any] | None, ...]:
+        """Return `StreamBatch`'s last fields."""
+        return self.cls, self.scales, self.exponents
+
+
+class _Filling:
+    """A batch that one or several threads fill."""
+
+    def __init__(self, reader: TokenReader, parts: list[_Part]) -> None:
+        self._reader, self._parts = reader, parts
+        self._halves: list[_Half] = []
+        self._lock = threading.Lock()
+
+    def fill(self, share: int | None) -> None:
+        """Read the clips of one thread's share; all of them if it is None."""
+        reader = self._reader
+        with self._lock:  # memory is taken when the first thread begins, no sooner
+            if not self._halves:
+                self._halves = [reader._begin(part) for part in self._parts]
+        for part, half in zip(self._parts, self._halves, strict=True):
+            everything = range(len(part.keys))
+            mine = everything if share is None else everything[share :: reader.n_threads]
+            for place in mine:
+                reader._fill(part, half, place, in_blocks=share is None)
+
+    def batch(self) -> Batch:
+        """Return the filled batch."""
+        return {
+            part.spec.stream: self._reader._finish(part, half)
+            for part, half in zip(self._parts, self._halves, strict=True)
+        }
+
+
 class TokenReader:
     """Reads batches of clips, any of a store's streams, as stored or through views.
 
@@ -115,7 +162,7 @@ class TokenReader:
         missing: Missing = "refuse",
         check: bool = True,
         pin_memory: bool = False,
-        memory_map: bool | None = None,
+        access: Access | None = None,
     ) -> None:
         """Read `specs` of a store.
 
@@ -130,8 +177,11 @@ class TokenReader:
             check: Compare every clip's CRC-32C.
             pin_memory: Page-locked memory from torch's own pool, for asynchronous copies to a GPU;
                 without a GPU this does nothing.
-            memory_map: Map the shards rather than read them. Default: on local disks. A mapped file
-                that someone truncates kills the process, and network file systems map slowly.
+            access: How local shards are read. `map` copies from mapped files: quick, but one that someone
+                truncates meanwhile kills the process, and network file systems map slowly. `read` works
+                everywhere. `direct` goes past the page cache: for a store that memory cannot hold.
+                Default: `read` on a network; else `direct` if the specs take more than half of the
+                memory that is free; else `map`.
 
         Raises:
             SpecMismatchError: A view that the stored tokens cannot serve.
@@ -145,13 +195,16 @@ class TokenReader:
         is_local = isinstance(store.storage, LocalStorage)
         self.n_threads = n_threads or (2 if is_local else 16)
         self.n_ahead = n_ahead or (3 if is_local else 16)
-        if memory_map is None:
-            memory_map = isinstance(store.storage, LocalStorage) and not on_network(
-                store.storage.root
-            )
-        self.memory_map = memory_map
+        self.access: Access = access or self._best_access()
         self._shapes = {s: self.views[s].shape(self.specs[s]) for s in self.views}
         self._pool = _Pool(self.n_ahead + 2)
+
+    def _best_access(self) -> Access:
+        storage = self.store.storage
+        if not isinstance(storage, LocalStorage) or on_network(storage.root):
+            return "read"
+        n_bytes = sum(self.store.index(spec).n_bytes for spec in self.specs.values())
+        return "direct" if n_bytes > free_memory_bytes() / 2 else "map"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}
@@ -208,8 +261,12 @@ class TokenReader:
             yield self._read(announced.popleft())
 
     def _batches_by_threads(self, upcoming: Iterator[list[_Part]]) -> Iterator[Batch]:
+        """Let the threads fill one batch after the other, together.
+
+        So few batches are in the making at once, and their memory stays in the processor's cache.
+        """
         announced: deque[list[_Part]] = deque()
-        reading: deque[Future[Batch]] = deque()
+        reading: deque[tuple[_Filling, list[Future[None]]]] = deque()
         pool = ThreadPoolExecutor(self.n_threads, thread_name_prefix="emocache-read")
         try:
             while True:
@@ -218,10 +275,16 @@ class TokenReader:
                     announced.append(parts)
                     pool.submit(self._will_need, parts)
                 while announced and len(reading) < self.n_ahead:
-                    reading.append(pool.submit(self._read, announced.popleft(), in_blocks=False))
+                    filling = _Filling(self, announced.popleft())
+                    shares = range(self.n_threads)
+                    reading.append((filling, [pool.submit(filling.fill, n) for n in shares]))
                 if not reading:
                     return
-                yield reading.popleft().result()
+                filling, jobs = reading.popleft()
+                for job in jobs:
+                    job.result()
+                yield filling.batch()
+                del filling
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -261,80 +324,83 @@ class TokenReader:
             try:
                 for (number, at), n_valid in zip(part.places, part.valid_len, strict=True):
                     if n_valid:
-                        shard = self.store.shard(part.spec, number, memory_map=self.memory_map)
+                        shard = self.store.shard(part.spec, number, access=self.access)
                         shard.will_need(at, n_valid)
             except (OSError, CorruptTokensError):
                 return  # `_read` meets the same, and names it
 
-    def _read(self, parts: list[_Part], *, in_blocks: bool = True) -> Batch:
-        return {
-            part.spec.stream: (
-                self._read_views(part)
-                if part.spec.stream in self.views
-                else self._read_plain(part, in_blocks=in_blocks)
-            )
-            for part in parts
-        }
+    def _read(self, parts: list[_Part]) -> Batch:
+        filling = _Filling(self, parts)
+        filling.fill(None)
+        return filling.batch()
 
-    def _read_plain(self, part: _Part, *, in_blocks: bool) -> StreamBatch:
+    def _begin(self, part: _Part) -> _Half:
+        """Take memory for one stream of a batch."""
         spec, n_clips = part.spec, len(part.keys)
+        if spec.stream in self.views:
+            shape = self._shapes[spec.stream]
+            tokens, tensor = self._take((n_clips, *shape), np.dtype(np.float32))
+            mask = np.zeros((n_clips, shape[0]), np.bool_)
+            cls = None
+            if isinstance(self.views[spec.stream], ImageView):
+                cls = np.zeros((n_clips, spec.encoder.width), np.float32)
+            return _Half(tokens, tensor, mask=mask, cls=cls)
         tail = spec.max_shape
         n_tokens = max([1, *part.valid_len]) if spec.stream == "audio" else tail[0]
         tokens, tensor = self._take((n_clips, n_tokens, *tail[1:]), _NUMPY[spec.dtype])
-        scales = exponents = None
+        half = _Half(tokens, tensor)
         if spec.dtype == "int8":
-            scales = np.zeros((n_clips, n_tokens, *tail[1:-1]), np.float32)
-            exponents = np.zeros((n_clips, tail[-1]), np.int8)
-        for place, n_valid in enumerate(part.valid_len):
-            out = tokens[place]
-            if n_valid < n_tokens:
-                out[n_valid:] = 0
-                out = out[:n_valid]
-            if n_valid:
-                quantized = self._read_clip(part, place, out, in_blocks=in_blocks)
-                if quantized is not None and scales is not None and exponents is not None:
-                    scales[place, :n_valid] = quantized.token_scale
-                    exponents[place] = quantized.channel_exponent
-        valid_len = torch.tensor(part.valid_len)
-        return StreamBatch(
-            tensor.view(torch.bfloat16) if spec.dtype == "bfloat16" else tensor,
-            valid_len,
-            tuple(_STATUS[code] for code in part.status),
-            torch.arange(n_tokens) < valid_len[:, None],
-            token_scale=None if scales is None else torch.from_numpy(scales),
-            channel_exponent=None if exponents is None else torch.from_numpy(exponents),
-        )
+            half.scales = np.zeros((n_clips, n_tokens, *tail[1:-1]), np.float32)
+            half.exponents = np.zeros((n_clips, tail[-1]), np.int8)
+        return half
 
-    def _read_views(self, part: _Part) -> StreamBatch:
-        spec, n_clips = part.spec, len(part.keys)
-        view, shape = self.views[spec.stream], self._shapes[spec.stream]
-        tokens, tensor = self._take((n_clips, *shape), np.dtype(np.float32))
-        mask = np.zeros((n_clips, shape[0]), np.bool_)
-        cls = np.zeros((n_clips, spec.encoder.width), np.float32)
-        for place, code in enumerate(part.status):
-            if code != _OK:
-                tokens[place] = 0
-                continue
+    def _fill(self, part: _Part, half: _Half, place: int, *, in_blocks: bool) -> None:
+        """Read one clip of one stream to its place."""
+        n_valid, view = part.valid_len[place], self.views.get(part.spec.stream)
+        out = half.tokens[place]
+        if not n_valid:
+            out[:] = 0
+            return
+        if view is not None:
+            assert half.mask is not None
             stored = self._read_floats(part, place)
-            _, mask[place] = view.apply(stored, out=tokens[place])
-            if isinstance(view, ImageView):
-                cls[place] = view.cls(stored)
+            _, half.mask[place] = view.apply(stored, out=out)
+            if half.cls is not None and isinstance(view, ImageView):
+                half.cls[place] = view.cls(stored)
+            return
+        if n_valid < len(out):
+            out[n_valid:] = 0
+            out = out[:n_valid]
+        quantized = self._read_clip(part, place, out, in_blocks=in_blocks)
+        if quantized is not None and half.scales is not None and half.exponents is not None:
+            half.scales[place, :n_valid] = quantized.token_scale
+            half.exponents[place] = quantized.channel_exponent
+
+    def _finish(self, part: _Part, half: _Half) -> StreamBatch:
+        status = tuple(_STATUS[code] for code in part.status)
+        if half.mask is not None:
+            valid_len = torch.from_numpy(half.mask.sum(axis=1))
+            mask = torch.from_numpy(half.mask)
+        else:
+            valid_len = torch.tensor(part.valid_len)
+            mask = torch.arange(half.tensor.shape[1]) < valid_len[:, None]
+        is_bfloat16 = part.spec.dtype == "bfloat16" and half.mask is None
         return StreamBatch(
-            tensor,
-            torch.from_numpy(mask.sum(axis=1)),
-            tuple(_STATUS[code] for code in part.status),
-            torch.from_numpy(mask),
-            cls=torch.from_numpy(cls) if isinstance(view, ImageView) else None,
+            half.tensor.view(torch.bfloat16) if is_bfloat16 else half.tensor,
+            valid_len,
+            status,
+            mask,
+            *(None if a is None else torch.from_numpy(a) for a in half.others()),
         )
 
     def _read_floats(self, part: _Part, place: int) -> Values:
         """Read a clip's tokens to compute with; not copied where that can be."""
         spec, n_valid = part.spec, part.valid_len[place]
         stored: Values | None = None
-        if self.memory_map and spec.dtype != "int8" and self.store.plan(spec) is not None:
+        if self.access == "map" and spec.dtype != "int8" and self.store.plan(spec) is not None:
             number, at = part.places[place]
             try:
-                stored = self.store.shard(spec, number, memory_map=True).peek(at, n_valid)
+                stored = self.store.shard(spec, number, access="map").peek(at, n_valid)
             except (OSError, CorruptTokensError):
                 stored = None  # the path below tells what is wrong
         if stored is not None and self.check and crc32c(stored) != part.crc32c[place]:
@@ -359,7 +425,7 @@ class TokenReader:
         if self.store.plan(spec) is not None:
             number, at = part.places[place]
             try:
-                shard = self.store.shard(spec, number, memory_map=self.memory_map)
+                shard = self.store.shard(spec, number, access=self.access)
                 checksum = shard.read_into(out, at, check=self.check, in_blocks=in_blocks)
                 if checksum is None or checksum == part.crc32c[place]:
                     if spec.dtype != "int8":

@@ -12,8 +12,9 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import crc32c as crc32c_library
 import numpy as np
@@ -24,6 +25,8 @@ from cache.errors import CorruptTokensError
 from cache.layout import CLIPS_PER_SHARD, ArrayPlan, Compression
 from cache.storage import Bytes, LocalStorage, Storage
 
+Access = Literal["read", "map", "direct"]
+"""By `pread`; mapped into memory; past the page cache."""
 Values = npt.NDArray[Any]
 Raw = npt.NDArray[np.uint8]
 
@@ -34,6 +37,10 @@ _ALIGNMENT_BYTES = 64
 """Clips start at multiples of a cache line; Zarr allows gaps."""
 _BLOCK_BYTES = 1 << 18
 """Summed and copied at a time: fits the second-level cache of a core."""
+_SECTOR_BYTES = 4096
+"""Direct reading starts and ends at multiples of this."""
+_own = threading.local()
+"""Each thread's buffer for direct reading."""
 _BUFFERS = 512
 """Of one `preadv`; systems take at least 1024."""
 
@@ -239,35 +246,51 @@ class _Mapped:
     def gather(
         self, start: int, out: Raw, chunk_bytes: int, *, check: bool, in_blocks: bool
     ) -> int | None:
-        if check and in_blocks:
-            return self._gather_in_blocks(start, out, chunk_bytes)
-        n_whole = out.nbytes // chunk_bytes
-        if n_whole:
-            rows = self._bytes[start : start + n_whole * (chunk_bytes + _CRC_BYTES)]
-            rows = rows.reshape(n_whole, chunk_bytes + _CRC_BYTES)[:, :chunk_bytes]
-            np.copyto(out[: n_whole * chunk_bytes].reshape(n_whole, chunk_bytes), rows)
-            start += n_whole * (chunk_bytes + _CRC_BYTES)
-        rest = out[n_whole * chunk_bytes :]
-        if rest.nbytes:
-            np.copyto(rest, self._bytes[start : start + rest.nbytes])
-        return crc32c_library.crc32c(out.data) if check else None
-
-    def _gather_in_blocks(self, start: int, out: Raw, chunk_bytes: int) -> int:
-        """Sum and copy in turns: what was just summed is copied from the core's own cache."""
-        checksum = 0
-        for done in range(0, out.nbytes, chunk_bytes):
-            end = min(done + chunk_bytes, out.nbytes)
-            for at in range(done, end, _BLOCK_BYTES):
-                target = out[at : min(at + _BLOCK_BYTES, end)]
-                source = self._bytes[start + at - done : start + at - done + target.nbytes]
-                checksum = crc32c_library.crc32c(source.data, checksum)
-                np.copyto(target, source)
-            start += chunk_bytes + _CRC_BYTES
-        return checksum
+        return _copy_chunks(self._bytes[start:], out, chunk_bytes, check, in_blocks)
 
     def will_need(self, start: int, n_bytes: int) -> None:
         first = start - start % mmap.PAGESIZE
         self._map.madvise(mmap.MADV_WILLNEED, first, start + n_bytes - first)
+
+
+class _Direct(_File):
+    """An open file, past the system's page cache: for a store larger than memory.
+
+    What is read once an epoch only displaces itself there, and filling the cache page by page halves
+    the speed of a quick disk.
+    """
+
+    def __init__(self, storage: LocalStorage, key: str) -> None:
+        super().__init__(storage, key)
+        try:
+            self._direct = os.open(storage.path(key), os.O_RDONLY | os.O_DIRECT)
+        except OSError:  # a file system that cannot: the cache is used after all
+            self._direct = os.dup(self._descriptor)
+
+    def __del__(self) -> None:
+        super().__del__()
+        descriptor = getattr(self, "_direct", None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def gather(
+        self, start: int, out: Raw, chunk_bytes: int, *, check: bool, in_blocks: bool
+    ) -> int | None:
+        total = out.nbytes + (out.nbytes - 1) // chunk_bytes * _CRC_BYTES
+        first = start - start % _SECTOR_BYTES
+        size = -(-(start + total - first) // _SECTOR_BYTES) * _SECTOR_BYTES
+        buffer: mmap.mmap | None = getattr(_own, "buffer", None)
+        if buffer is None or len(buffer) < size:
+            # Aligned as direct reading needs it, and of this process alone also after a fork.
+            buffer = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            _own.buffer = buffer
+        if os.preadv(self._direct, [memoryview(buffer)[:size]], first) < start + total - first:
+            raise CorruptTokensError("the shard is shorter than its index says")
+        data: Raw = np.frombuffer(buffer, np.uint8)[start - first :]
+        return _copy_chunks(data, out, chunk_bytes, check, in_blocks)
+
+    def will_need(self, start: int, n_bytes: int) -> None:
+        """Nothing: the cache is not used."""
 
 
 class _Remote:
@@ -287,21 +310,60 @@ class _Remote:
         data = np.frombuffer(self.read(start, n_bytes), np.uint8)
         if data.nbytes != n_bytes:
             raise CorruptTokensError("the shard is shorter than its index says")
-        for done in range(0, out.nbytes, chunk_bytes):
-            piece = out[done : done + chunk_bytes]
-            at = done + done // chunk_bytes * _CRC_BYTES
-            piece[:] = data[at : at + piece.nbytes]
-        return crc32c_library.crc32c(out.data) if check else None
+        return _copy_chunks(data, out, chunk_bytes, check, in_blocks)
 
     def will_need(self, start: int, n_bytes: int) -> None:
         """Nothing to ask for: the threads of `TokenReader` fetch ahead."""
+
+
+def _copy_chunks(
+    source: Raw, out: Raw, chunk_bytes: int, check: bool, in_blocks: bool
+) -> int | None:
+    """Fill `out` from chunks that stand in `source` with a checksum between each two.
+
+    Returns:
+        The CRC-32C of `out`, if it is to be checked.
+    """
+    if check and in_blocks:
+        return _sum_and_copy(source, out, chunk_bytes)
+    step = chunk_bytes + _CRC_BYTES
+    n_whole = out.nbytes // chunk_bytes
+    rest = out[n_whole * chunk_bytes :]
+    if not rest.nbytes:  # the last chunk's checksum may not be there
+        n_whole, rest = n_whole - 1, out[(n_whole - 1) * chunk_bytes :]
+    if n_whole:
+        rows = source[: n_whole * step].reshape(n_whole, step)[:, :chunk_bytes]
+        np.copyto(out[: n_whole * chunk_bytes].reshape(n_whole, chunk_bytes), rows)
+    np.copyto(rest, source[n_whole * step : n_whole * step + rest.nbytes])
+    return crc32c_library.crc32c(out.data) if check else None
+
+
+def _sum_and_copy(source: Raw, out: Raw, chunk_bytes: int) -> int:
+    """Do both in turns: what was just summed is copied from the core's own cache."""
+    checksum = 0
+    for number, done in enumerate(range(0, out.nbytes, chunk_bytes)):
+        end = min(done + chunk_bytes, out.nbytes)
+        for at in range(done, end, _BLOCK_BYTES):
+            target = out[at : min(at + _BLOCK_BYTES, end)]
+            first = at + number * _CRC_BYTES
+            block = source[first : first + target.nbytes]
+            checksum = crc32c_library.crc32c(block.data, checksum)
+            np.copyto(target, block)
+    return checksum
+
+
+_SOURCES: dict[Access, type[_File] | type[_Mapped]] = {
+    "read": _File,
+    "map": _Mapped,
+    "direct": _Direct,
+}
 
 
 class Shard:
     """One committed shard, open for reading."""
 
     def __init__(
-        self, storage: Storage, key: str, plan: ArrayPlan, *, memory_map: bool = False
+        self, storage: Storage, key: str, plan: ArrayPlan, *, access: Access = "read"
     ) -> None:
         """Open a shard and read its index.
 
@@ -309,7 +371,7 @@ class Shard:
             storage: Where the store is.
             key: The shard's file.
             plan: The `tokens` array.
-            memory_map: Map the file instead of reading it; local storage only.
+            access: How a local file is read.
 
         Raises:
             OSError: The file is gone.
@@ -322,7 +384,7 @@ class Shard:
         self._token_bytes = self._chunk_bytes // self._step
         self._source: _Source
         if isinstance(storage, LocalStorage):
-            self._source = (_Mapped if memory_map else _File)(storage, key)
+            self._source = _SOURCES[access](storage, key)
         else:
             self._source = _Remote(storage, key)
         per_clip = chunks_per_clip(plan)

@@ -7,6 +7,7 @@ keys, relative and separated by `/`. Every failure is an `OSError`.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -233,3 +234,13 @@ def on_network(path: Path) -> bool:
         if inside and len(where) >= len(best):
             best, kind = where, found
     return kind in _NETWORK or kind.startswith("fuse")
+
+
+def free_memory_bytes() -> float:
+    """Return the memory that this machine could still give; infinity if the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return math.inf  # not Linux
+    fields = dict(line.split(":", 1) for line in lines)
+    return 1024.0 * int(fields["MemAvailable"].split()[0])

@@ -34,7 +34,7 @@ from cache.index import Index, in_parallel, read_index, write_snapshot
 from cache.layout import CLIPS_PER_SHARD, FORMAT_NAME, FORMAT_VERSION, ArrayPlan, Compression
 from cache.quantize import Quantized, dequantize
 from cache.schema import Model, decode, decode_json
-from cache.shards import Shard, Values, can_read, crc32c, decode_chunk
+from cache.shards import Access, Shard, Values, can_read, crc32c, decode_chunk
 from cache.spec import TokenSpec, describe_differences, differences
 from cache.storage import LocalStorage, Storage, open_storage
 from cache.writer import UnitWriter
@@ -89,7 +89,7 @@ class TokenStore:
         self._writers: dict[str, UnitWriter] = {}
         self._own_commits: dict[str, int] = {}
         self._plans: dict[str, ArrayPlan | None] = {}
-        self._shards: OrderedDict[tuple[str, int, bool], Shard] = OrderedDict()
+        self._shards: OrderedDict[tuple[str, int, Access], Shard] = OrderedDict()
         self._small: OrderedDict[tuple[str, str, int], Values] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -449,14 +449,14 @@ class TokenStore:
             )
         return self._plans[spec.spec_id]
 
-    def shard(self, spec: TokenSpec, number: int, *, memory_map: bool = False) -> Shard:
+    def shard(self, spec: TokenSpec, number: int, *, access: Access = "read") -> Shard:
         """Return a shard, open; safe among threads.
 
         Raises:
             FileNotFoundError: It is gone.
             CorruptTokensError: It is truncated, or its index is damaged.
         """
-        name = (spec.spec_id, number, memory_map)
+        name = (spec.spec_id, number, access)
         with self._lock:
             found = self._shards.get(name)
             if found is not None:
@@ -465,7 +465,7 @@ class TokenStore:
         plan = self.plan(spec)
         assert plan is not None
         key = f"{layout.group(spec)}/{plan.name}/{plan.chunk_file(number)}"
-        opened = Shard(self.storage, key, plan, memory_map=memory_map)
+        opened = Shard(self.storage, key, plan, access=access)
         with self._lock:
             self._shards[name] = opened
             while len(self._shards) > _max_open_shards():

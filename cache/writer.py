@@ -281,7 +281,7 @@ class UnitWriter:
     def _read_back(self, key: str, plan: ArrayPlan, entries: Sequence[Entry]) -> None:
         """Compare what stands in the storage with what was meant, clip by clip."""
         mapped = isinstance(self.storage, LocalStorage) and not on_network(self.storage.root)
-        shard = Shard(self.storage, key, plan, memory_map=mapped)
+        shard = Shard(self.storage, key, plan, access="map" if mapped else "read")
         for place, entry in enumerate(entries):
             if entry.crc32c is None:
                 continue

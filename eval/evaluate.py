@@ -236,6 +236,10 @@ def _provenance(trained: TrainedRun, reader: ViewReader) -> dict[str, str]:
         "language model": trained.preset.model.llm.path,
         "trained parameters": f"{sum(trained.info.trainable.values()):,}",
         **{f"{stream} spec": spec.spec_id for stream, spec in reader.specs.items()},
+        **{
+            f"{stream} view": getattr(trained.preset.views, stream).definition(spec)
+            for stream, spec in reader.specs.items()
+        },
         **trained.info.versions,
     }
 

@@ -89,6 +89,8 @@ def extract(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    for spec in dict.fromkeys(s for unit in plan.units for s in unit.specs):
+        store.write_snapshot(spec)  # so that the next reader opens the store quickly
     return report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -250,6 +251,13 @@ def _readme_example(folder: Path) -> None:
     store_text = (ROOT / "docs" / "store.md").read_text()
     (example,) = re.findall(r"```python\n(import zarr.*?)```", store_text, flags=re.DOTALL)
     digests = {r.clip.sha256 for r in read_manifest(folder / "d" / "corpus.parquet").records}
+    (reading,) = re.findall(r"```python\n(from cache.reader.*?)```", text, flags=re.DOTALL)
+    batches = subprocess.run(
+        [sys.executable, "-W", "error", "-c", reading],
+        capture_output=True, text=True, cwd=folder, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ).stdout.splitlines()  # fmt: skip
+    assert len(batches) == 2
+    assert batches[0].startswith("torch.Size([8, 16, 4, 96]) [")
     for code in (command, example):
         shown = subprocess.run(
             [sys.executable, "-W", "error", "-I", "-c", code],

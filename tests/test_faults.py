@@ -471,7 +471,7 @@ def test_a_mapped_shard_that_is_replaced_or_deleted_stays_readable(
 ) -> None:
     spec, root = specs["video"], tmp_path / "s"
     store = store_of(root, spec, "ab")
-    shard = store.shard(spec, 0, memory_map=True)
+    shard = store.shard(spec, 0, access="map")
     shutil.rmtree(root)
     (clip, _) = unit(spec, "ab")
     assert clip.tokens is not None

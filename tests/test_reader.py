@@ -20,6 +20,7 @@ from cache.commit import ClipTokens, Status
 from cache.errors import CacheMissError, CorruptTokensError, SpecMismatchError
 from cache.quantize import dequantize_torch, quantize
 from cache.reader import TokenDataset, TokenReader
+from cache.shards import Access
 from cache.spec import TokenSpec
 from cache.store import TokenStore
 from cache.views import AudioView, ImageView, VideoView
@@ -78,12 +79,12 @@ def assert_right(batch: object, keys: list[str], specs: Specs) -> None:
         assert part.tokens.shape[1] == int(part.valid_len.max())
 
 
-@pytest.mark.parametrize("memory_map", [True, False])
+@pytest.mark.parametrize("access", ["map", "read", "direct"])
 @pytest.mark.parametrize("check", [True, False])
 def test_batches_hold_the_committed_bytes(
-    root: Path, specs: Specs, memory_map: bool, check: bool
+    root: Path, specs: Specs, access: Access, check: bool
 ) -> None:
-    reader = TokenReader(TokenStore.open(root), specs, memory_map=memory_map, check=check)
+    reader = TokenReader(TokenStore.open(root), specs, access=access, check=check)
     order = order_of(40, 7)
     n = 0
     for keys, batch in zip(order, reader.batches(order), strict=True):
@@ -133,8 +134,8 @@ def test_views_are_what_the_views_say(root: Path, specs: Specs) -> None:
         "video": VideoView(n_frames=4, grid=1),
         "image": ImageView(join=4),
     }
-    for memory_map in (True, False):
-        reader = TokenReader(TokenStore.open(root), specs, views, memory_map=memory_map)
+    for access in ("map", "read", "direct"):
+        reader = TokenReader(TokenStore.open(root), specs, views, access=access)
         keys = [KEYS[i] for i in (0, 5, 39)]
         batch = reader.read(keys)
         for stream, spec in specs.items():

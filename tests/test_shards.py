@@ -19,7 +19,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from cache import layout
 from cache.errors import CorruptTokensError
 from cache.layout import CLIPS_PER_SHARD, ArrayPlan, arrays
-from cache.shards import Shard, can_read, crc32c, encode_shard
+from cache.shards import Access, Shard, can_read, crc32c, encode_shard
 from cache.spec import TokenSpec
 from cache.storage import LocalStorage
 from cache.store import TokenStore
@@ -48,8 +48,8 @@ def write(path: Path, plan: ArrayPlan, clips: list[np.ndarray | None]) -> None:
     LocalStorage(path.parent).write(path.name, encode_shard(plan, clips))
 
 
-def open_shard(path: Path, plan: ArrayPlan, *, memory_map: bool = False) -> Shard:
-    return Shard(LocalStorage(path.parent), path.name, plan, memory_map=memory_map)
+def open_shard(path: Path, plan: ArrayPlan, *, access: Access = "read") -> Shard:
+    return Shard(LocalStorage(path.parent), path.name, plan, access=access)
 
 
 lengths = st.lists(st.none() | st.integers(1, 12), min_size=1, max_size=CLIPS_PER_SHARD)
