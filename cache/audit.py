@@ -34,9 +34,10 @@ from cache.inspection import (
     some,
 )
 from cache.layout import FORMAT_NAME, FORMAT_VERSION, Compression
+from cache.place import open_storage
 from cache.schema import decode, decode_json
 from cache.spec import AUDIO_FRAMES_PER_S, TokenSpec
-from cache.storage import LocalStorage, Storage, open_storage
+from cache.storage import LocalStorage, Storage
 from cache.store import Marker, TokenStore
 from cache.writer import group_metadata
 

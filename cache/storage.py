@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from cache.errors import StoreError
 from cache.files import create_once, write_aside
 
 if TYPE_CHECKING:
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 
 Bytes = bytes | memoryview
 
-_URL = re.compile(r"^[a-z][a-z0-9+.-]+://")
 _PARTIAL = ".partial"
 
 
@@ -197,23 +194,6 @@ def walk(storage: Storage, folder: str) -> Iterator[str]:
         yield f"{folder}/{name}"
     for name in sorted(storage.folders(folder)):
         yield from walk(storage, f"{folder}/{name}")
-
-
-def open_storage(where: str | Path) -> Storage:
-    """Return the storage of a path or URL (`s3://bucket/prefix`).
-
-    Raises:
-        StoreError: A URL of a kind that is not known.
-        MissingDependencyError: A URL, and the extra `remote` is not installed.
-    """
-    text = str(where)
-    if isinstance(where, Path) or not _URL.match(text):
-        return LocalStorage(Path(where))
-    if text.startswith("file://"):
-        raise StoreError(f"{text}: give a local store as a path, without file://")
-    from cache.object_storage import ObjectStorage
-
-    return ObjectStorage(text)
 
 
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "9p"}

@@ -32,11 +32,12 @@ from cache.errors import (
 )
 from cache.index import Index, in_parallel, read_index, write_snapshot
 from cache.layout import CLIPS_PER_SHARD, FORMAT_NAME, FORMAT_VERSION, ArrayPlan, Compression
+from cache.place import open_storage
 from cache.quantize import Quantized, dequantize
 from cache.schema import Model, decode, decode_json
 from cache.shards import Access, Shard, Values, can_read, crc32c, decode_chunk
 from cache.spec import TokenSpec, describe_differences, differences
-from cache.storage import LocalStorage, Storage, open_storage
+from cache.storage import LocalStorage, Storage
 from cache.writer import UnitWriter
 
 _PROBE_TOLERANCE = 2e-2

@@ -107,7 +107,7 @@ def plan_table(plan: Plan) -> Table:
     table = _table("stream", *numbers, numbers=numbers)
     for stream, known in plan.known.items():
         counts = plan.misses[stream]
-        size = f"≤ {human_size(plan.n_bytes[stream])}" if plan.n_bytes[stream] else "-"
+        size = f"≈ {human_size(plan.n_bytes[stream])}" if plan.n_bytes[stream] else "-"
         table.add_row(
             stream, f"{known.total():,}", *(f"{counts[reason]:,}" for reason in reasons), size
         )

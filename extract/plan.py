@@ -43,8 +43,8 @@ class Plan:
     misses: dict[Stream, Counter[str]] = field(default_factory=dict)
     """Stream -> how many clips lack tokens, by reason."""
     n_bytes: dict[Stream, int] = field(default_factory=dict)
-    """Stream -> bytes of tokens to be written. An upper bound: a clip may turn out to have no such
-    stream, and a duration that is not known counts as a whole window."""
+    """Stream -> bytes of tokens to be written, by the durations that containers state; one that is not
+    known counts as a whole window."""
 
     @property
     def n_missing(self) -> int:
@@ -116,7 +116,7 @@ def _why_missing(
 
 
 def token_bytes(spec: TokenSpec, record: Record) -> int:
-    """Return how many bytes a record's tokens take at most."""
+    """Return how many bytes a record's tokens take, as far as its container tells."""
     if spec.stream == "audio" and record.clip.has_audio is False:
         return 0
     n_tokens, *tail = spec.max_shape

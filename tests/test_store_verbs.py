@@ -79,10 +79,10 @@ def test_plan_counts_hits_and_misses_by_reason(
     write = ["--manifest", made / "m.parquet", "--store", tmp_path / "empty"]
     code, shown, _ = run(capsys, "store", "plan", "demo", *write)
     assert NEVER in shown
-    assert "≤" in shown
+    assert "≈" in shown
 
 
-def test_the_bytes_of_a_plan_are_an_upper_bound_of_what_is_written(
+def test_the_bytes_of_a_plan_are_about_what_is_written(
     made: Path, tmp_path: Path
 ) -> None:
     records = [r for r in read_manifest(made / "m.parquet").records if "broken" not in r.media]
@@ -94,7 +94,8 @@ def test_the_bytes_of_a_plan_are_an_upper_bound_of_what_is_written(
             for entry in store.index(spec)
             if entry.valid_len
         )
-        assert stored <= plan.n_bytes[spec.stream] <= 3 * stored
+        # Sound may be some hundredths of a second longer than its container says.
+        assert stored * 0.9 <= plan.n_bytes[spec.stream] <= stored * 1.1
 
 
 def test_extraction_encodes_nothing_that_a_richer_spec_holds(
