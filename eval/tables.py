@@ -150,8 +150,8 @@ def recheck_table(results: Sequence[Recheck]) -> Table:
 
 
 def statistics_table(found: Sequence[TokenStatistics]) -> Table:
-    """Return the most telling numbers of each spec."""
-    numbers = ("clips", "tokens", "median norm", "outlier channels", "median length", "zeros")
+    """Return the most telling numbers of each spec: medians, and the channels that stand out."""
+    numbers = ("clips", "tokens", "norm", "outliers", "length", "zeros")
     table = _table("stream", "spec", *numbers, numbers=numbers)
     for one in found:
         outliers = f"{len(one.outlier_channels)}"
