@@ -82,9 +82,7 @@ def test_plan_counts_hits_and_misses_by_reason(
     assert "≈" in shown
 
 
-def test_the_bytes_of_a_plan_are_about_what_is_written(
-    made: Path, tmp_path: Path
-) -> None:
+def test_the_bytes_of_a_plan_are_about_what_is_written(made: Path, tmp_path: Path) -> None:
     records = [r for r in read_manifest(made / "m.parquet").records if "broken" not in r.media]
     store = TokenStore.open(made / "s")
     plan = make_plan(records, demo().tokens.all(), TokenStore.open_or_create(tmp_path / "empty"))
