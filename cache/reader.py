@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -114,34 +113,6 @@ class _Half:
     def others(self) -> tuple[npt.NDArray[Any] | None, ...]:
         """Return `StreamBatch`'s last fields."""
         return self.cls, self.scales, self.exponents
-
-
-class _Filling:
-    """A batch that one or several threads fill."""
-
-    def __init__(self, reader: TokenReader, parts: list[_Part]) -> None:
-        self._reader, self._parts = reader, parts
-        self._halves: list[_Half] = []
-        self._lock = threading.Lock()
-
-    def fill(self, share: int | None) -> None:
-        """Read the clips of one thread's share; all of them if it is None."""
-        reader = self._reader
-        with self._lock:  # memory is taken when the first thread begins, no sooner
-            if not self._halves:
-                self._halves = [reader._begin(part) for part in self._parts]
-        for part, half in zip(self._parts, self._halves, strict=True):
-            everything = range(len(part.keys))
-            mine = everything if share is None else everything[share :: reader.n_threads]
-            for place in mine:
-                reader._fill(part, half, place, in_blocks=share is None)
-
-    def batch(self) -> Batch:
-        """Return the filled batch."""
-        return {
-            part.spec.stream: self._reader._finish(part, half)
-            for part, half in zip(self._parts, self._halves, strict=True)
-        }
 
 
 class TokenReader:
@@ -261,12 +232,8 @@ class TokenReader:
             yield self._read(announced.popleft())
 
     def _batches_by_threads(self, upcoming: Iterator[list[_Part]]) -> Iterator[Batch]:
-        """Let the threads fill one batch after the other, together.
-
-        So few batches are in the making at once, and their memory stays in the processor's cache.
-        """
         announced: deque[list[_Part]] = deque()
-        reading: deque[tuple[_Filling, list[Future[None]]]] = deque()
+        reading: deque[Future[Batch]] = deque()
         pool = ThreadPoolExecutor(self.n_threads, thread_name_prefix="emocache-read")
         try:
             while True:
@@ -275,16 +242,10 @@ class TokenReader:
                     announced.append(parts)
                     pool.submit(self._will_need, parts)
                 while announced and len(reading) < self.n_ahead:
-                    filling = _Filling(self, announced.popleft())
-                    shares = range(self.n_threads)
-                    reading.append((filling, [pool.submit(filling.fill, n) for n in shares]))
+                    reading.append(pool.submit(self._read, announced.popleft(), in_blocks=False))
                 if not reading:
                     return
-                filling, jobs = reading.popleft()
-                for job in jobs:
-                    job.result()
-                yield filling.batch()
-                del filling
+                yield reading.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -329,10 +290,43 @@ class TokenReader:
             except (OSError, CorruptTokensError):
                 return  # `_read` meets the same, and names it
 
-    def _read(self, parts: list[_Part]) -> Batch:
-        filling = _Filling(self, parts)
-        filling.fill(None)
-        return filling.batch()
+    def _read(self, parts: list[_Part], *, in_blocks: bool = True) -> Batch:
+        batch: Batch = {}
+        for part in parts:
+            half = self._begin(part)
+            # Among threads that fill a batch each, torch's own threads would be too many.
+            if not (in_blocks and self._stack(part, half)):
+                for place in range(len(part.keys)):
+                    self._fill(part, half, place, in_blocks=in_blocks)
+            batch[part.spec.stream] = self._finish(part, half)
+        return batch
+
+    def _stack(self, part: _Part, half: _Half) -> bool:
+        """Copy a whole batch of mapped clips at once, if it is that simple; return whether it was.
+
+        torch copies with all its threads and takes Python's lock once. Whatever is unusual, damage
+        for example, is left to `_fill`, clip by clip.
+        """
+        spec = part.spec
+        is_plain = spec.stream not in self.views and spec.dtype != "int8" and spec.stream != "audio"
+        plan = self.store.plan(spec)
+        if not is_plain or self.access != "map" or plan is None or plan.compression != "none":
+            return False
+        sources = []
+        try:
+            for (number, at), n_valid in zip(part.places, part.valid_len, strict=True):
+                shard = self.store.shard(spec, number, access="map")
+                found = shard.peek(at, n_valid) if n_valid == len(half.tokens[0]) else None
+                if found is None:
+                    return False
+                sources.append(torch.from_numpy(found.view(half.tokens.dtype)))
+        except (OSError, CorruptTokensError):
+            return False
+        torch.stack(sources, out=half.tensor)
+        return not self.check or all(
+            crc32c(clip) == checksum
+            for clip, checksum in zip(half.tokens, part.crc32c, strict=True)
+        )
 
     def _begin(self, part: _Part) -> _Half:
         """Take memory for one stream of a batch."""

@@ -37,6 +37,8 @@ _ALIGNMENT_BYTES = 64
 """Clips start at multiples of a cache line; Zarr allows gaps."""
 _BLOCK_BYTES = 1 << 18
 """Summed and copied at a time: fits the second-level cache of a core."""
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+"""Linux: pages that are never written need no memory set aside. In Python's `mmap` from 3.13 on."""
 _SECTOR_BYTES = 4096
 """Direct reading starts and ends at multiples of this."""
 _own = threading.local()
@@ -233,7 +235,13 @@ class _Mapped:
             self.size = os.fstat(descriptor).st_size
             if not self.size:
                 raise CorruptTokensError(f"{key}: truncated to 0 bytes, shorter than its index")
-            self._map = mmap.mmap(descriptor, self.size, prot=mmap.PROT_READ)
+            # Private and writable: nothing writes, but torch takes no read-only arrays without a word.
+            self._map = mmap.mmap(
+                descriptor,
+                self.size,
+                mmap.MAP_PRIVATE | _MAP_NORESERVE,
+                mmap.PROT_READ | mmap.PROT_WRITE,
+            )
         finally:
             os.close(descriptor)
         self._bytes: Raw = np.frombuffer(self._map, np.uint8)

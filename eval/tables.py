@@ -18,7 +18,7 @@ from eval.report import human_size
 from extract.plan import NEVER, OTHER_SPEC, RETRY, Plan
 
 if TYPE_CHECKING:
-    from cache.audit import Finding
+    from cache.inspection import Finding
     from cache.statistics import TokenStatistics
     from extract.recheck import Recheck
 
