@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zarr.abc.store import ByteRequest, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
@@ -34,6 +34,7 @@ from cache.storage import Bytes, Storage
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
 
+T = TypeVar("T")
 _SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss")
 _ENDPOINTS = (
     "AWS_ENDPOINT_URL_S3",
@@ -163,8 +164,19 @@ class ObjectStorage:
         """See `cache.storage.Storage.read`."""
         import obstore
 
-        with self._request(key) as bucket:
-            return obstore.get(bucket, key).bytes().to_bytes()
+        return self._repeat(key, lambda bucket: obstore.get(bucket, key).bytes().to_bytes())
+
+    def _repeat(self, key: str, ask: Callable[[Any], T]) -> T:
+        """Ask again where an answer breaks off in its middle, which obstore does not always do."""
+        for last in _tries():
+            try:
+                with self._request(key) as bucket:
+                    return ask(bucket)
+            except (ConnectionError, TimeoutError) as error:
+                if last or _was_repeated(error):
+                    raise
+            time.sleep(self._retry.first_pause_s)
+        raise AssertionError("the last try returns or raises")
 
     def read_range(self, key: str, start: int, n_bytes: int) -> bytes:
         """See `cache.storage.Storage.read_range`."""
@@ -174,8 +186,12 @@ class ObjectStorage:
             self.size(key)
             return b""
         try:
-            with self._request(key) as bucket:
-                return obstore.get_range(bucket, key, start=start, length=n_bytes).to_bytes()
+            return self._repeat(
+                key,
+                lambda bucket: obstore.get_range(
+                    bucket, key, start=start, length=n_bytes
+                ).to_bytes(),
+            )
         except OSError as error:
             if error.errno == errno.ERANGE:
                 return b""
@@ -185,15 +201,14 @@ class ObjectStorage:
         """See `cache.storage.Storage.size`."""
         import obstore
 
-        with self._request(key) as bucket:
-            return obstore.head(bucket, key)["size"]
+        return int(self._repeat(key, lambda bucket: obstore.head(bucket, key)["size"]))
 
     def modified_s(self, key: str) -> float:
         """See `cache.storage.Storage.modified_s`."""
         import obstore
 
-        with self._request(key) as bucket:
-            return obstore.head(bucket, key)["last_modified"].timestamp()
+        found = self._repeat(key, lambda bucket: obstore.head(bucket, key)["last_modified"])
+        return float(found.timestamp())
 
     def names(self, folder: str) -> list[str]:
         """See `cache.storage.Storage.names`."""
@@ -211,15 +226,7 @@ class ObjectStorage:
     def _list(self, folder: str, *, want_folders: bool) -> list[str]:
         import obstore
 
-        for last in _tries():
-            try:
-                with self._request(folder) as bucket:
-                    found = obstore.list_with_delimiter(bucket, folder)
-                    break
-            except (ConnectionError, TimeoutError) as error:
-                if last or _was_repeated(error):
-                    raise
-                time.sleep(self._retry.first_pause_s)
+        found = self._repeat(folder, lambda bucket: obstore.list_with_delimiter(bucket, folder))
         paths = (
             found["common_prefixes"]
             if want_folders

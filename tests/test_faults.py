@@ -581,14 +581,20 @@ def _bucket(
 
 
 @pytest.mark.parametrize("kind", ["drop before", "drop after", "cut body"])
+@pytest.mark.parametrize("every", [4, 5, 7])
 def test_a_bucket_whose_connections_drop_loses_nothing(
-    s3: str, specs: Specs, monkeypatch: pytest.MonkeyPatch, kind: Kind, survived: Survived
+    s3: str,
+    specs: Specs,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Kind,
+    every: int,
+    survived: Survived,
 ) -> None:
     spec = specs["video"]
     with faulty_proxy(s3) as proxy:
-        url = _bucket(s3, f"drop-{kind.replace(' ', '-')}", monkeypatch, proxy.endpoint)
+        url = _bucket(s3, f"{kind.replace(' ', '-')}-{every}", monkeypatch, proxy.endpoint)
         store = TokenStore.open_or_create(url)
-        fault = proxy.add(Fault(kind, every=5))
+        fault = proxy.add(Fault(kind, every=every))
         for names in ("ab", "cd"):
             store.commit(spec, unit(spec, names), PROVENANCE)
         store.write_snapshot(spec)
