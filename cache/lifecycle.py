@@ -142,7 +142,10 @@ class _Collector:
             if not files and not all_of_them:
                 continue
             unit = _claimed_unit(self.storage, f"{folder}/{name}")
-            if unit is not None and unit not in committed:
+            if unit is None:  # a damaged claim: without its unit's name it cannot be closed
+                self.found.n_spared += bool(files)
+                continue
+            if unit not in committed:
                 if not all_of_them and self._age_s(f"{folder}/{name}") < self.abandon_after_s:
                     self.found.n_spared += bool(files)
                     continue
@@ -381,8 +384,10 @@ def sync(
             for entry in commit.clips:
                 counts = source.index(spec).get(entry.key)
                 known = there.get(entry.key)
-                better = known is not None and known.status is Status.FAILED != entry.status
-                if counts is None or counts.row != entry.row or (known is not None and not better):
+                is_settled = known is not None and (
+                    known.status is not Status.FAILED or entry.status is Status.FAILED
+                )
+                if counts is None or counts.row != entry.row or is_settled:
                     done.n_known += known is not None
                 else:
                     clips.append(source.clip_tokens(spec, entry))
