@@ -41,7 +41,7 @@ from cache.storage import LocalStorage, Storage, on_network
 _INFINITY_BITS = {"float16": 0x7C00, "bfloat16": 0x7F80}
 _GROWTH = 7
 """Shards by which arrays grow beyond what is claimed."""
-_ATTEMPTS = 8
+_ATTEMPTS = 50
 """Times that a unit's files may be taken for garbage while they are written."""
 
 

@@ -339,8 +339,8 @@ def test_ctrl_c_leaves_a_store_that_continues(
         sys.executable, "-m", "emocache", "extract", "demo",
         "--manifest", str(tmp_path / "m.parquet"), "--store", str(tmp_path / "s"),
     ]  # fmt: skip
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    process = subprocess.Popen(  # slower than this test, so that the signal comes in the middle
+        ["nice", "-n", "19", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         cwd=Path(__file__).resolve().parents[1],
     )  # fmt: skip
     commits = tmp_path / "s" / "commits"

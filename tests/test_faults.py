@@ -200,7 +200,7 @@ def _read_all(root: Path, spec: TokenSpec, names: str, times: int) -> None:
         store.close()
 
 
-@pytest.mark.parametrize("n_rounds", [6, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_rounds", [6, pytest.param(40, marks=pytest.mark.slow)])
 def test_reading_writing_compacting_and_collecting_go_on_together(
     tmp_path: Path, specs: Specs, n_rounds: int, survived: Survived
 ) -> None:
