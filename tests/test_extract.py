@@ -339,9 +339,12 @@ def test_ctrl_c_leaves_a_store_that_continues(
         sys.executable, "-m", "emocache", "extract", "demo",
         "--manifest", str(tmp_path / "m.parquet"), "--store", str(tmp_path / "s"),
     ]  # fmt: skip
-    process = subprocess.Popen(  # slower than this test, so that the signal comes in the middle
-        ["nice", "-n", "19", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    process = subprocess.Popen(
+        ["nice", "-n", "19", *command],  # slower than this test: the signal comes in the middle
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         cwd=Path(__file__).resolve().parents[1],
+        # Who runs the tests in the background of a script has Ctrl-C ignored, and so have they.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     commits = tmp_path / "s" / "commits"
     deadline = time.monotonic() + 120
