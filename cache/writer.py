@@ -137,6 +137,9 @@ class UnitWriter:
             # Failed, or done with the answer lost: only the record itself tells. While that cannot
             # be read either, the shard must stay; if it is garbage, `store gc` removes it.
             known = self._known(identity)
+            if known is None and isinstance(error, FileNotFoundError):
+                self._discard(shard)  # the record in the making was taken for garbage: not created
+                return None
             if known is None:
                 raise self._cannot_write(error) from error
         assert known is not None, "create-once was refused, so the record is there"
