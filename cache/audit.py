@@ -19,6 +19,7 @@ from pathlib import Path
 from cache import layout
 from cache.clip import Record
 from cache.commit import Entry, Status, read_commit, unit_ids
+from cache.encoders import AUDIO_FRAMES_PER_S
 from cache.errors import SchemaError, StoreError
 from cache.index import Index
 from cache.inspection import (
@@ -36,7 +37,7 @@ from cache.inspection import (
 from cache.layout import FORMAT_NAME, FORMAT_VERSION, Compression
 from cache.place import open_storage
 from cache.schema import decode, decode_json
-from cache.spec import AUDIO_FRAMES_PER_S, TokenSpec
+from cache.spec import TokenSpec
 from cache.storage import LocalStorage, Storage
 from cache.store import Marker, TokenStore
 from cache.writer import group_metadata

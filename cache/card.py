@@ -9,14 +9,8 @@ from collections.abc import Iterable, Sequence
 
 from cache import layout
 from cache.commit import Commit, Entry, Status
-from cache.spec import (
-    AUDIO_FRAMES_PER_S,
-    EvaEncoder,
-    Frames,
-    Pixels,
-    TokenSpec,
-    WhisperEncoder,
-)
+from cache.encoders import AUDIO_FRAMES_PER_S, HubertEncoder, SoundEncoder, WhisperEncoder
+from cache.spec import Frames, Pixels, TokenSpec
 from cache.store import TokenStore
 
 _REASONS = 10
@@ -114,13 +108,16 @@ def _origin(commits: Sequence[Commit]) -> list[str]:
 def _encoder(spec: TokenSpec) -> list[tuple[str, object]]:
     encoder = spec.encoder
     rows: list[tuple[str, object]] = [("kind", encoder.kind), ("width", encoder.width)]
-    if isinstance(encoder, WhisperEncoder):
+    if isinstance(encoder, SoundEncoder):
+        rows += [("layers", encoder.n_layers), ("heads", encoder.n_heads)]
+        if isinstance(encoder, WhisperEncoder):
+            rows.append(("mel bins", encoder.n_mels))
+        if isinstance(encoder, HubertEncoder):
+            scaled = "zero mean, unit variance" if encoder.normalize else "as decoded"
+            rows += [("MLP width", encoder.mlp_width), ("waveform", scaled)]
         rows += [
-            ("layers", encoder.n_layers),
-            ("heads", encoder.n_heads),
-            ("mel bins", encoder.n_mels),
             ("window", f"{encoder.window_s:g} s, {encoder.n_context} frames"),
-            ("output", "after the encoder's final LayerNorm"),
+            ("output", _layer(encoder)),
         ]
     else:
         rows += [
@@ -131,6 +128,14 @@ def _encoder(spec: TokenSpec) -> list[tuple[str, object]]:
             ("norm after the last block", _NORMS[encoder.norm]),
         ]
     return [*rows, ("weights SHA-256", f"`{encoder.weights_sha256}`")]
+
+
+def _layer(encoder: SoundEncoder) -> str:
+    if encoder.layer is not None:
+        return f"of the encoder, hidden state behind {encoder.layer} of {encoder.n_layers} blocks"
+    if isinstance(encoder, HubertEncoder) and not encoder.norm_first:
+        return "of the last block"
+    return "after the encoder's final LayerNorm"
 
 
 def _preprocessing(spec: TokenSpec) -> list[tuple[str, object]]:
@@ -168,10 +173,7 @@ def _storage(store: TokenStore, spec: TokenSpec) -> list[tuple[str, object]]:
         ("shape of a clip", f"{_AXES[spec.stream]} {shape}"),
         ("dtype", _DTYPES[spec.dtype]),
     ]
-    if isinstance(spec.encoder, EvaEncoder):
-        side = spec.patches_per_side
-        pooled = f"{side} x {side} patches averaged to {spec.grid} x {spec.grid}"
-        rows.append(("pooling", "none" if spec.grid is None else pooled))
+    rows += _pooling(spec)
     version = json.loads(store.storage.read(layout.MARKER))["version"]
     plan = store.plan(spec)
     return [
@@ -179,6 +181,19 @@ def _storage(store: TokenStore, spec: TokenSpec) -> list[tuple[str, object]]:
         ("compression", store.compression if plan is None else plan.compression),
         ("store format version", version),
     ]
+
+
+def _pooling(spec: TokenSpec) -> list[tuple[str, object]]:
+    if spec.utterance:
+        what = "the CLS tokens" if spec.cls_only else "all tokens"
+        return [("pooling", f"mean of {what} of the clip (utterance)")]
+    if spec.cls_only:
+        return [("pooling", "CLS tokens alone")]
+    if spec.stream == "audio":
+        return []
+    side = spec.patches_per_side
+    pooled = f"{side} x {side} patches averaged to {spec.grid} x {spec.grid}"
+    return [("pooling", "none" if spec.grid is None else pooled)]
 
 
 def _contents(

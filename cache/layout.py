@@ -16,6 +16,7 @@
     STORE/claims/<spec_id>/<shard>          create-once: which attempt owns which shard
     STORE/snapshots/<spec_id>/*.arrow       derived: the commit records as one table, for a quick open
     STORE/probes/<spec_id>.json             the encoder's answer to a fixed input
+    STORE/jobs/<job_id>/<generation>/       how extraction shared its work; no reader needs it
 
 A unit of at most `CLIPS_PER_SHARD` clips is one shard, written once by the one attempt that claimed
 its number. Shards whose attempt never committed are garbage that no reader looks at.
@@ -28,7 +29,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cache.spec import AUDIO_FRAMES_PER_S, TokenSpec
+from cache.encoders import AUDIO_FRAMES_PER_S
+from cache.spec import TokenSpec
 
 FORMAT_NAME = "emocache-store"
 FORMAT_VERSION = 1
@@ -43,7 +45,9 @@ MARKER = "store.json"
 """The file that makes a folder a store."""
 ZARR = "tokens.zarr"
 """Root of the Zarr hierarchy."""
-OWN_NAMES = frozenset({MARKER, ZARR, "commits", "claims", "probes", "snapshots"})
+JOBS = "jobs"
+"""Folder of the extraction jobs: see `extract.job`."""
+OWN_NAMES = frozenset({MARKER, ZARR, JOBS, "commits", "claims", "probes", "snapshots"})
 """Everything that a store's folder holds."""
 
 
@@ -70,6 +74,11 @@ def snapshots(spec_id: str) -> str:
 def probe(spec_id: str) -> str:
     """Return the key of the encoder's recorded answer to the fixed input."""
     return f"probes/{spec_id}.json"
+
+
+def jobs(job_id: str) -> str:
+    """Return the key of the folder of an extraction job's generations."""
+    return f"{JOBS}/{job_id}"
 
 
 @dataclass(frozen=True)
@@ -134,7 +143,9 @@ def arrays(spec: TokenSpec, compression: Compression = "none") -> list[ArrayPlan
     ]  # fmt: skip
     if spec.frames is not None:
         n = spec.frames.n_frames
-        axis = "frame" if spec.stream == "video" else "chosen_frame"
+        # The axis of the tokens only where they stand for one frame each.
+        same = spec.stream == "video" and shape[0] == n
+        axis = "frame" if same else "chosen_frame"
         plans += [
             ArrayPlan("frame_index", (n,), "int32", (n,), -1, ("clip", axis)),
             ArrayPlan("frame_pts_s", (n,), "float64", (n,), float("nan"), ("clip", axis)),

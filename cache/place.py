@@ -11,6 +11,11 @@ from cache.storage import LocalStorage, Storage
 _URL = re.compile(r"^[a-z][a-z0-9+.-]+://")
 
 
+def is_url(where: str | Path) -> bool:
+    """True for a URL, False for a path."""
+    return not isinstance(where, Path) and _URL.match(where) is not None
+
+
 def open_storage(where: str | Path) -> Storage:
     """Return the storage of a path or URL (`s3://bucket/prefix`).
 
@@ -19,7 +24,7 @@ def open_storage(where: str | Path) -> Storage:
         MissingDependencyError: A URL, and the extra `remote` is not installed.
     """
     text = str(where)
-    if isinstance(where, Path) or not _URL.match(text):
+    if not is_url(where):
         return LocalStorage(Path(where))
     if text.startswith("file://"):
         raise StoreError(f"{text}: give a local store as a path, without file://")

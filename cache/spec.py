@@ -8,88 +8,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from cache.encoders import (
+    NAMED_ENCODERS,
+    SAMPLE_RATE_HZ,
+    Encoder,
+    SoundEncoder,
+    VideoMaeEncoder,
+    VisionEncoder,
+)
 from cache.errors import SpecMismatchError
 from cache.schema import Model, canonical_json
 
 Stream = Literal["audio", "video", "image"]
 STREAMS: tuple[Stream, ...] = ("audio", "video", "image")
 
-SAMPLE_RATE_HZ = 16_000
-"""Whisper's sample rate."""
-AUDIO_FRAMES_PER_S = 50
-"""Whisper encoder frames per second: a hop of 160 samples, halved by the second convolution."""
-
 DECODE_POLICY = 1
 """Version of the rules in `extract/decode.py` (which stream, which frame). Raise it when they change."""
-
-
-class WhisperEncoder(Model):
-    """The encoder half of a Whisper model; output after its final LayerNorm."""
-
-    kind: Literal["whisper"] = "whisper"
-    width: int = Field(gt=0)
-    """Channels of an output token."""
-    n_layers: int = Field(gt=0)
-    """Transformer blocks of the encoder."""
-    n_heads: int = Field(gt=0)
-    n_mels: int = Field(gt=0)
-    """Mel bins of the input: 128 for large-v3, 80 for the others."""
-    n_context: int = Field(default=1500, gt=0)
-    """Output frames of one window: 1500 at 50 per second is 30 s."""
-    weights_sha256: str | None = None
-    """Digest of the encoder's tensors (`extract.encoders.weights`); None while not yet known."""
-
-    @property
-    def window_s(self) -> float:
-        """Length of one window in seconds."""
-        return self.n_context / AUDIO_FRAMES_PER_S
-
-
-class EvaEncoder(Model):
-    """An EVA vision transformer, cut after `depth` blocks."""
-
-    kind: Literal["eva"] = "eva"
-    width: int = Field(gt=0)
-    """Channels of an output token."""
-    depth: int = Field(gt=0)
-    """Blocks that run. The checkpoint may hold more: the paper uses 39 of 40."""
-    n_heads: int = Field(gt=0)
-    mlp_width: int = Field(gt=0)
-    patch_px: int = Field(default=14, gt=0)
-    norm: Literal["affine_free", "checkpoint", "none"] = "affine_free"
-    """After the last block: LayerNorm without learnt scale (eps 1e-5), the checkpoint's own, or none."""
-    weights_sha256: str | None = None
-    """Digest of the tensors that are used; None while not yet known."""
-
-
-Encoder = Annotated[WhisperEncoder | EvaEncoder, Field(discriminator="kind")]
-
-
-def _whisper(width: int, n_layers: int, n_heads: int, n_mels: int = 80) -> dict[str, Any]:
-    return {
-        "kind": "whisper",
-        "width": width,
-        "n_layers": n_layers,
-        "n_heads": n_heads,
-        "n_mels": n_mels,
-    }
-
-
-NAMED_ENCODERS: dict[str, dict[str, Any]] = {
-    "whisper-tiny": _whisper(384, 4, 6),
-    "whisper-base": _whisper(512, 6, 8),
-    "whisper-small": _whisper(768, 12, 12),
-    "whisper-medium": _whisper(1024, 24, 16),
-    "whisper-large": _whisper(1280, 32, 20),
-    "whisper-large-v2": _whisper(1280, 32, 20),
-    "whisper-large-v3": _whisper(1280, 32, 20, n_mels=128),
-    "eva-g": {"kind": "eva", "width": 1408, "depth": 39, "n_heads": 16, "mlp_width": 6144},
-}
-"""Encoders that a configuration may give by name: `tokens.audio.encoder=whisper-small`."""
 
 
 class Frames(Model):
@@ -131,8 +69,9 @@ class Pixels(Model):
 class TokenSpec(Model):
     """Every choice that changes a stored number of one stream.
 
-    Stored shape of a clip: audio `(T, D)`, T = valid encoder frames; video `(F, P, D)`; image
-    `(1 + P, D)` with the CLS token first.
+    Stored shape of a clip: audio `(T, D)`, T = valid encoder frames; video `(F, P, D)`, F = frames, or
+    tubelets of frames for a network that sees them together; image `(1 + P, D)` with the CLS token
+    first.
     """
 
     schema_version: Literal[1] = 1
@@ -144,6 +83,11 @@ class TokenSpec(Model):
     """Video and image only."""
     grid: int | None = None
     """Video only: patches are mean-pooled to `grid x grid` before storing; None keeps all of them."""
+    cls_only: bool = False
+    """Store the CLS token alone: `(1, D)` of an image, `(F, 1, D)` of a video."""
+    utterance: bool = False
+    """Store the mean over time (and patches) alone: `(1, D)`, of a video `(1, 1, D)`. The "UTT" mode of
+    the field's toolkits, which the paper's predecessor uses."""
     sample_rate_hz: int | None = None
     """Audio only."""
     dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
@@ -161,20 +105,18 @@ class TokenSpec(Model):
 
     @model_validator(mode="after")
     def _fits_its_stream(self) -> TokenSpec:
-        if self.stream == "audio":
-            if not isinstance(self.encoder, WhisperEncoder):
-                raise ValueError(
-                    f"stream 'audio' needs a whisper encoder, not '{self.encoder.kind}'"
-                )
-            if self.frames or self.pixels or self.grid:
-                raise ValueError("stream 'audio' has no frames, pixels or grid")
-            if self.sample_rate_hz != SAMPLE_RATE_HZ:
-                raise ValueError(f"sample_rate_hz must be {SAMPLE_RATE_HZ} for whisper")
-            return self
-        if not isinstance(self.encoder, EvaEncoder):
+        takes, kind = self.encoder.takes, self.encoder.kind
+        fitting = {"audio": ("sound",), "video": ("pictures", "frames"), "image": ("pictures",)}
+        if takes not in fitting[self.stream]:
             raise ValueError(
-                f"stream '{self.stream}' needs an eva encoder, not '{self.encoder.kind}'"
+                f"stream '{self.stream}': a {kind} encoder does not fit, it takes {takes}"
             )
+        if self.stream == "audio":
+            if self.frames or self.pixels or self.grid or self.cls_only:
+                raise ValueError("stream 'audio' has no frames, pixels, grid or CLS token")
+            if self.sample_rate_hz != SAMPLE_RATE_HZ:
+                raise ValueError(f"sample_rate_hz must be {SAMPLE_RATE_HZ} for {kind}")
+            return self
         if self.frames is None or self.pixels is None:
             raise ValueError(f"stream '{self.stream}' needs frames and pixels")
         if self.sample_rate_hz is not None:
@@ -183,32 +125,57 @@ class TokenSpec(Model):
             raise ValueError("grid pools the video stream; the image stream keeps its patches")
         if self.stream == "image" and self.frames.n_frames != 1:
             raise ValueError("the image stream holds one frame")
-        if self.pixels.size_px % self.encoder.patch_px:
-            raise ValueError(
-                f"size_px {self.pixels.size_px} is not a multiple of patch_px {self.encoder.patch_px}"
-            )
+        if self.grid is not None and (self.cls_only or self.utterance):
+            raise ValueError("grid pools patches; with cls_only or utterance none are stored")
+        assert isinstance(self.encoder, VisionEncoder)
+        self._check_patches(self.encoder.patch_px, self.pixels.size_px)
+        if isinstance(self.encoder, VideoMaeEncoder):
+            self._check_frames(self.encoder, self.frames)
+        return self
+
+    def _check_patches(self, patch_px: int, size_px: int) -> None:
+        if size_px % patch_px:
+            raise ValueError(f"size_px {size_px} is not a multiple of patch_px {patch_px}")
         if self.grid is not None and not 0 < self.grid <= self.patches_per_side:
             raise ValueError(f"grid {self.grid} must be 1 to {self.patches_per_side}")
-        return self
+
+    def _check_frames(self, encoder: VideoMaeEncoder, frames: Frames) -> None:
+        if frames.n_frames != encoder.n_frames:
+            raise ValueError(
+                f"frames.n_frames is {frames.n_frames}; this network sees {encoder.n_frames} together"
+            )
+        if self.cls_only:
+            raise ValueError(
+                "a videomae network has no CLS token; use utterance for one token a clip"
+            )
 
     @property
     def patches_per_side(self) -> int:
         """Side of the encoder's patch grid before pooling."""
-        assert isinstance(self.encoder, EvaEncoder)
+        assert isinstance(self.encoder, VisionEncoder)
         assert self.pixels is not None
         return self.pixels.size_px // self.encoder.patch_px
+
+    @property
+    def n_steps(self) -> int:
+        """Entries of a video's first axis as the encoder gives them: frames, or tubelets of frames."""
+        assert self.frames is not None
+        if isinstance(self.encoder, VideoMaeEncoder):
+            return self.frames.n_frames // self.encoder.tubelet
+        return self.frames.n_frames
 
     @property
     def max_shape(self) -> tuple[int, ...]:
         """Shape of a clip's stored tokens; the first axis is an upper bound for audio."""
         encoder = self.encoder
-        if isinstance(encoder, WhisperEncoder):
+        if self.utterance:
+            return (1, 1, encoder.width) if self.stream == "video" else (1, encoder.width)
+        if isinstance(encoder, SoundEncoder):
             return (encoder.n_context, encoder.width)
-        assert self.frames is not None
         if self.stream == "image":
-            return (1 + self.patches_per_side**2, encoder.width)
-        side = self.grid or self.patches_per_side
-        return (self.frames.n_frames, side * side, encoder.width)
+            return (1 if self.cls_only else 1 + self.patches_per_side**2, encoder.width)
+        side = 1 if self.cls_only else self.grid or self.patches_per_side
+        return (self.n_steps, side * side, encoder.width)
 
     @property
     def is_resolved(self) -> bool:
@@ -230,8 +197,18 @@ class TokenSpec(Model):
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:16]
 
     def canonical_json(self) -> str:
-        """Return the text that is hashed; equal specs give equal text."""
-        return canonical_json(self.model_dump(mode="json"))
+        """Return the text that is hashed; equal specs give equal text.
+
+        Fields that came after the first stores were written are left out while they say nothing new,
+        so that those stores keep their spec_ids.
+        """
+        fields = self.model_dump(mode="json")
+        for name in ("cls_only", "utterance"):
+            if not fields[name]:
+                del fields[name]
+        if fields["encoder"].get("layer") is None:
+            fields["encoder"].pop("layer", None)
+        return canonical_json(fields)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a copy, which has a `spec_id` of its own."""

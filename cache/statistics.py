@@ -14,9 +14,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from cache.encoders import AUDIO_FRAMES_PER_S
 from cache.errors import CorruptTokensError
 from cache.schema import Model
-from cache.spec import AUDIO_FRAMES_PER_S, Stream, TokenSpec
+from cache.spec import Stream, TokenSpec
 
 Tokens = npt.NDArray[Any]
 

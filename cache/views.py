@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from cache.encoders import AUDIO_FRAMES_PER_S
 from cache.errors import SpecMismatchError
 from cache.schema import Model
-from cache.spec import AUDIO_FRAMES_PER_S, TokenSpec
+from cache.spec import TokenSpec
 
 Tokens = npt.NDArray[Any]
 """Stored tokens: float16, float32, or the bfloat16 of `ml_dtypes`."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from cache.encoders import AUDIO_FRAMES_PER_S, SAMPLE_RATE_HZ
 from cache.errors import MediaError
-from cache.spec import AUDIO_FRAMES_PER_S, SAMPLE_RATE_HZ
 from extract.encoders.base import Waveform
 
 SAMPLES_PER_FRAME, _rest = divmod(SAMPLE_RATE_HZ, AUDIO_FRAMES_PER_S)

@@ -13,7 +13,7 @@ from av.audio.stream import AudioStream
 from av.error import FFmpegError
 from av.packet import Packet
 
-from cache.spec import SAMPLE_RATE_HZ
+from cache.encoders import SAMPLE_RATE_HZ
 from extract.media import DecodeLimits, words
 
 

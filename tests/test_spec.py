@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cache.encoders import NAMED_ENCODERS
 from cache.errors import SchemaError, SpecMismatchError
 from cache.schema import decode
-from cache.spec import NAMED_ENCODERS, TokenSpec, describe_differences, differences
+from cache.spec import TokenSpec, describe_differences, differences
 from cache.views import AudioView, ImageView, VideoView, adaptive_pool, segment_centres
 from train.presets import demo, v2
 

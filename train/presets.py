@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from cache.encoders import NAMED_ENCODERS, SAMPLE_RATE_HZ, EvaEncoder, WhisperEncoder
 from cache.errors import SchemaError, near_miss
-from cache.spec import (
-    NAMED_ENCODERS,
-    SAMPLE_RATE_HZ,
-    EvaEncoder,
-    Frames,
-    Pixels,
-    TokenSpec,
-    WhisperEncoder,
-)
+from cache.spec import Frames, Pixels, TokenSpec
 from cache.views import AudioView, ImageView, VideoView
 from train.config import (
     FusionConfig,
