@@ -53,6 +53,14 @@ class StoppedError(EmocacheError):
     """The user stopped the work; its state is saved and the same command continues it."""
 
 
+class ExtractionStopped(EmocacheError):
+    """Extraction cannot go on: most clips of late failed alike, or no decoder process starts."""
+
+
+class EncoderError(EmocacheError):
+    """An encoder's device failed in mid-run; the process cannot be trusted with more work."""
+
+
 class MissingDependencyError(EmocacheError, ImportError):
     """A part of the project was used whose extra is not installed."""
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from extract.preprocess import Interpolation, pixels
+from extract.preprocess import Interpolation, normalise, pixels, resize
 
 transforms = pytest.importorskip("torchvision.transforms", reason="torchvision is not installed")
 
@@ -74,3 +74,45 @@ def test_refusals(frames: list[np.ndarray], size_px: int, words: str) -> None:
         pixels(frames, size_px, "bicubic", CLIP_MEAN, CLIP_STD)
     with pytest.raises(ValueError, match="unknown interpolation"):
         pixels(frames, 224, "nearest", CLIP_MEAN, CLIP_STD)  # type: ignore[arg-type]
+
+
+def test_the_two_halves_give_the_whole() -> None:
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 256, (40, 60, 3), dtype=np.uint8) for _ in range(3)]
+    batch = resize(frames, 28, "bilinear")
+    assert batch.shape == (3, 28, 28, 3)
+    assert batch.dtype == np.uint8
+    for picture, frame in zip(batch, frames, strict=True):
+        expected = Image.fromarray(frame).resize((28, 28), Image.Resampling.BILINEAR)
+        assert np.array_equal(picture, np.asarray(expected))
+    whole = pixels(frames, 28, "bilinear", CLIP_MEAN, CLIP_STD)
+    for given in (batch, torch.from_numpy(batch)):
+        got = normalise(given, CLIP_MEAN, CLIP_STD, device="cpu")
+        assert got.is_contiguous()
+        assert torch.equal(got, whole)
+    assert np.array_equal(batch, resize(frames, 28, "bilinear")), "the batch is not changed"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_normalises_to_the_same_bits() -> None:
+    levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    got = normalise(levels, CLIP_MEAN, CLIP_STD, device="cuda")
+    assert got.is_cuda
+    assert torch.equal(got.cpu(), normalise(levels, CLIP_MEAN, CLIP_STD))
+
+
+@pytest.mark.parametrize(
+    ("batch", "std", "words"),
+    [
+        (np.zeros((1, 4, 4, 3), np.uint8), (0.2, 0.0, 0.2), "every value must be above 0"),
+        (np.zeros((1, 3, 4, 4), np.uint8), CLIP_STD, r"\(B, S, S, 3\) uint8"),
+        (np.zeros((4, 4, 3), np.uint8), CLIP_STD, r"\(4, 4, 3\)"),
+        (np.zeros((1, 4, 4, 3), np.float32), CLIP_STD, "float32"),
+    ],
+)
+def test_refusals_of_batches(
+    batch: np.ndarray, std: tuple[float, float, float], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        normalise(batch, CLIP_MEAN, std)

@@ -7,17 +7,16 @@ LayerNorm behind them; depth and norm are part of the spec.
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from cache.errors import CheckpointError, SpecMismatchError
-from cache.spec import EvaEncoder
-from extract.encoders import weights
-from extract.encoders.base import Tokens
+from cache.encoders import EvaEncoder
+from cache.errors import CheckpointError
+from extract.config import Precision
+from extract.encoders import vit, weights
+from extract.encoders.base import Tokens, freeze, mixed
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +24,7 @@ _AFFINE_FREE_EPS = 1e-5
 """Of the un-loaded `ln_vision` in the released code (reference facts, section 1.3)."""
 
 # Parts of a full checkpoint that this depth and norm leave unused.
-_UNUSED = re.compile(r"^(blocks\.\d+\.|norm\.|fc_norm\.|head\.|mask_token|ln_vision\.|rel_pos)")
+_UNUSED = r"norm\.|fc_norm\.|head\.|mask_token|ln_vision\.|rel_pos"
 
 
 class FrozenEva(torch.nn.Module):
@@ -42,7 +41,8 @@ class FrozenEva(torch.nn.Module):
         from timm.models.eva import Eva
 
         self.spec = spec
-        self._native_side = native_px // spec.patch_px
+        self._device = "cpu"
+        self._precision: Precision = "float32"
         self._body: Any = Eva(
             img_size=native_px,
             patch_size=spec.patch_px,
@@ -62,72 +62,55 @@ class FrozenEva(torch.nn.Module):
             )
 
     @classmethod
-    def load(cls, spec: EvaEncoder, path: Path, device: str = "cpu") -> FrozenEva:
+    def load(
+        cls,
+        spec: EvaEncoder,
+        path: Path,
+        device: str = "cpu",
+        precision: Precision = "float32",
+    ) -> FrozenEva:
         """Load real weights.
 
         Args:
             spec: Wanted architecture, depth and norm; its weights digest may be open.
             path: `.pth` or `.safetensors` in the BLIP-2 or timm layout.
             device: Torch device.
+            precision: Of matrix products.
 
         Raises:
             CheckpointError: Missing or unknown tensors, or other shapes than the spec says.
         """
-        found = weights.read_file(path)
-        for wrapper in ("model", "module", "state_dict"):
-            if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
-                found = found[wrapper]
-        if not isinstance(found, dict) or not isinstance(found.get("pos_embed"), torch.Tensor):
+        found = weights.unwrap(weights.read_file(path), path)
+        if not isinstance(found.get("pos_embed"), torch.Tensor):
             raise CheckpointError(
                 f"{path}: no tensor 'pos_embed', so not an EVA checkpoint. Give eva_vit_g.pth or a "
                 "timm eva checkpoint."
             )
-        n_positions = found["pos_embed"].shape[1] - 1
-        side = round(n_positions**0.5)
-        if side * side != n_positions:
-            raise CheckpointError(f"{path}: pos_embed has {n_positions} patches, not a square grid")
+        side = vit.native_side(found["pos_embed"].shape[1] - 1, "pos_embed", path)
         encoder = cls(spec, side * spec.patch_px)
         state = encoder._body.state_dict()
         used = weights.take(found, state, path)
-        unknown = [k for k in found if k not in state and not _UNUSED.match(k)]
-        if unknown:
-            raise CheckpointError(
-                f"{path}: {len(unknown)} unexpected tensors, first: {', '.join(unknown[:5])}. "
-                "This is not the plain EVA of the spec."
-            )
+        vit.refuse_unexpected(found, used, spec.depth, path, unused=_UNUSED)
         if any(k.startswith("ln_vision.") for k in found):
             logger.warning("%s holds ln_vision weights; spec norm %r ignores them", path, spec.norm)
         weights.check_shapes(used, encoder._body, path)
         encoder._body.load_state_dict({k: v.float() for k, v in used.items()})
         encoder.spec = spec.model_copy(update={"weights_sha256": weights.digest(used)})
-        weights.freeze(encoder, device)
+        encoder._device, encoder._precision = device, precision
+        freeze(encoder, device, precision)
         return encoder
 
     @torch.inference_mode()
     def encode(self, pixels: torch.Tensor) -> Tokens:
         """Encode pictures; see `PictureEncoder.encode`."""
-        batch, _, height, width = pixels.shape
-        if height != width or height % self.spec.patch_px:
-            raise SpecMismatchError(
-                f"pictures of {height}x{width} px; the encoder takes squares of a multiple of "
-                f"{self.spec.patch_px} px"
-            )
+        side = vit.patches_per_side(pixels, self.spec.patch_px)
         body = self._body
-        x = body.patch_embed(pixels.to(next(self.parameters()).device))  # (B, P, D)
-        x = torch.cat([body.cls_token.expand(batch, -1, -1), x], dim=1)  # (B, 1 + P, D)
-        x = x + self._positions(height // self.spec.patch_px)
-        for block in body.blocks:
-            x = block(x)
-        tokens: Tokens = body.norm(x).float().cpu().numpy()
+        with mixed(self._device, self._precision):
+            x = body.patch_embed(pixels.to(self._device, non_blocking=True))  # (B, P, D)
+            x = torch.cat([body.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + P, D)
+            x = x + vit.resized_positions(body.pos_embed, side)
+            for block in body.blocks:
+                x = block(x)
+            x = body.norm(x)
+        tokens: Tokens = x.float().cpu().numpy()
         return tokens
-
-    def _positions(self, side: int) -> torch.Tensor:
-        """Position table (1, 1 + side * side, D), resized bicubically as in BLIP-2."""
-        table: torch.Tensor = self._body.pos_embed
-        if side == self._native_side:
-            return table
-        grid = table[:, 1:].reshape(1, self._native_side, self._native_side, -1)
-        grid = F.interpolate(
-            grid.permute(0, 3, 1, 2), size=(side, side), mode="bicubic", align_corners=False
-        )
-        return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)

@@ -1,7 +1,7 @@
 """Whisper's encoder by openai-whisper (`.pt`) or by transformers (a folder).
 
-Both give the tokens after the final LayerNorm, 50 per second. The field's toolkits often store
-*decoder* states under Whisper's name; these are the encoder's.
+Both give the tokens after the final LayerNorm, or an earlier hidden state (`layer`), 50 per second.
+The field's toolkits often store *decoder* states under Whisper's name; these are the encoder's.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from cache.encoders import WhisperEncoder
 from cache.errors import CheckpointError
-from cache.spec import WhisperEncoder
+from extract.config import Precision
 from extract.encoders import weights
-from extract.encoders.base import Tokens, Waveform
+from extract.encoders.base import Tokens, Waveform, freeze, mixed
 from extract.mel import log_mel, valid_audio_frames
 
 logger = logging.getLogger(__name__)
@@ -40,21 +41,34 @@ _RENAME = (
 class FrozenWhisper:
     """A frozen Whisper encoder."""
 
-    def __init__(self, module: torch.nn.Module, spec: WhisperEncoder, device: str) -> None:
+    def __init__(
+        self, module: torch.nn.Module, spec: WhisperEncoder, device: str, precision: Precision
+    ) -> None:
         """Wrap a loaded module; use `load`."""
         self.spec = spec
         self._module = module
         self._device = device
-        weights.freeze(module, device)
+        self._precision: Precision = precision
+        freeze(module, device, precision)
+        # openai-whisper's module takes its residual stream's dtype from the last convolution; it stays
+        # float32 here (`freeze`), as transformers' does by itself.
+        module.get_submodule("conv2").register_forward_hook(lambda _m, _args, out: out.float())
 
     @classmethod
-    def load(cls, spec: WhisperEncoder, path: Path, device: str = "cpu") -> FrozenWhisper:
+    def load(
+        cls,
+        spec: WhisperEncoder,
+        path: Path,
+        device: str = "cpu",
+        precision: Precision = "float32",
+    ) -> FrozenWhisper:
         """Load real weights.
 
         Args:
             spec: Wanted architecture; its weights digest may be open.
             path: openai-whisper's `.pt` file, or a transformers folder.
             device: Torch device.
+            precision: Of matrix products.
 
         Raises:
             CheckpointError: Another architecture, missing tensors, or other weights than the spec's.
@@ -93,7 +107,7 @@ class FrozenWhisper:
         weights.check_shapes(state, module, path)
         module.load_state_dict(state)
         resolved = spec.model_copy(update={"weights_sha256": weights.digest(used)})
-        return cls(module, resolved, device)
+        return cls(module, resolved, device, precision)
 
     @torch.inference_mode()
     def encode(self, waveforms: Sequence[Waveform]) -> list[Tokens]:
@@ -104,7 +118,8 @@ class FrozenWhisper:
         mel = torch.stack(
             [log_mel(w, n_mels=self.spec.n_mels, n_context=self.spec.n_context) for w in waveforms]
         )
-        output: Any = self._module(mel.to(self._device))
+        with mixed(self._device, self._precision):
+            output: Any = self._module(mel.to(self._device, non_blocking=True))
         hidden = output if isinstance(output, torch.Tensor) else output.last_hidden_state
         tokens = hidden.float().cpu().numpy()  # (B, n_context, D)
         return [
@@ -162,13 +177,20 @@ def _dims(found: Any, names: dict[str, str], where: str) -> dict[str, int]:
     return {ours: int(found[theirs]) for ours, theirs in names.items()}
 
 
+def _n_blocks(spec: WhisperEncoder) -> int:
+    """Return how many blocks run; only their tensors are read."""
+    return spec.n_layers if spec.layer is None else spec.layer
+
+
 def _openai_module(spec: WhisperEncoder) -> torch.nn.Module:
     from whisper.model import AudioEncoder
 
-    module: torch.nn.Module = AudioEncoder(
-        spec.n_mels, spec.n_context, spec.width, spec.n_heads, spec.n_layers
+    module: Any = AudioEncoder(
+        spec.n_mels, spec.n_context, spec.width, spec.n_heads, _n_blocks(spec)
     )
-    return module
+    if spec.layer is not None:
+        module.ln_post = torch.nn.Identity()
+    return module  # type: ignore[no-any-return]
 
 
 def _transformers_module(spec: WhisperEncoder) -> torch.nn.Module:
@@ -180,7 +202,10 @@ def _transformers_module(spec: WhisperEncoder) -> torch.nn.Module:
         max_source_positions=spec.n_context,
         d_model=spec.width,
         encoder_attention_heads=spec.n_heads,
-        encoder_layers=spec.n_layers,
+        encoder_layers=_n_blocks(spec),
         encoder_ffn_dim=4 * spec.width,
     )
-    return Module(config)
+    module: Any = Module(config)
+    if spec.layer is not None:
+        module.layer_norm = torch.nn.Identity()
+    return module  # type: ignore[no-any-return]
