@@ -15,7 +15,7 @@ from cache.errors import StoreError
 from cache.index import read_index, write_snapshot
 from cache.layout import CLIPS_PER_SHARD
 from cache.spec import TokenSpec
-from cache.storage import LocalStorage, Storage, walk
+from cache.storage import LocalStorage, Storage, exists, walk
 from cache.store import TokenStore
 
 DAY_S = 24 * 3600.0
@@ -50,7 +50,8 @@ def collect_garbage(
 
     That are: specs that serve none of `keep`; shards that were never committed, or whose unit was
     committed by another attempt; units that compaction replaced; temporary files of killed writers;
-    snapshots that a newer one superseded. Readers and writers may go on meanwhile.
+    snapshots that a newer one superseded. Readers and writers may go on meanwhile. Extraction jobs
+    are left alone: they are small, and tell what was done.
 
     Args:
         store: What to clean.
@@ -196,7 +197,7 @@ class _Collector:
     def _shard_files(self, spec: TokenSpec, shard: int) -> Iterator[str]:
         for plan in layout.arrays(spec):
             key = f"{layout.group(spec)}/{plan.name}/{plan.chunk_file(shard)}"
-            if _exists(self.storage, key):
+            if exists(self.storage, key):
                 yield key
 
     def _drop_shard(self, spec: TokenSpec, shard: int, why: str) -> None:
@@ -246,14 +247,6 @@ def _claimed_unit(storage: Storage, key: str) -> str | None:
     except (FileNotFoundError, ValueError, AttributeError):
         return None
     return found if isinstance(found, str) else None
-
-
-def _exists(storage: Storage, key: str) -> bool:
-    try:
-        storage.size(key)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 # ---------------------------------------------------------------------------- compaction
@@ -364,7 +357,7 @@ def sync(
     """Copy what another store lacks, clip by clip, checked when read and when written.
 
     Interrupted, it continues where it was. Stored numbers are copied as they are, whatever the
-    compression on either side.
+    compression on either side. Extraction jobs are not copied.
 
     Args:
         source: Where the tokens are.
@@ -399,7 +392,7 @@ def sync(
                 done.n_clips += len(clips)
                 done.n_bytes += written.n_bytes
         key = layout.probe(spec.spec_id)
-        if _exists(source.storage, key):
+        if exists(source.storage, key):
             target.storage.create(key, source.storage.read(key))
         target.write_snapshot(spec)
     return done

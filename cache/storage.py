@@ -188,6 +188,15 @@ def _write_all(descriptor: int, part: Bytes) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
+def exists(storage: Storage, key: str) -> bool:
+    """True if there is such a file."""
+    try:
+        storage.size(key)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def walk(storage: Storage, folder: str) -> Iterator[str]:
     """Yield the keys of all files below a folder."""
     for name in sorted(storage.names(folder)):

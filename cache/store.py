@@ -251,6 +251,17 @@ class TokenStore:
             self._indexes[spec.spec_id] = read_index(self.storage, spec.spec_id)
         return self._indexes[spec.spec_id]
 
+    def catch_up(self, spec: TokenSpec) -> Index:
+        """Return the index with what others committed since it was read."""
+        index = self.index(spec)
+        listed = np.array(unit_ids(self.storage, spec.spec_id), "S24")
+        fresh = np.setdiff1d(listed, index.units.ids).tolist()
+        for commit in in_parallel(
+            lambda name: read_commit(self.storage, spec.spec_id, name.decode()), fresh, self.storage
+        ):
+            index.add(commit)
+        return index
+
     def commits(self, spec: TokenSpec) -> Iterator[Commit]:
         """Read the commit records of the units that count, one by one."""
         index = self.index(spec)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from cache import layout
+from cache.audit import doctor, verify
 from cache.commit import ClipTokens, Status, unit_ids
 from cache.errors import CorruptTokensError, StoreError
 from cache.lifecycle import collect_garbage, compact, merge_provenance, sync
 from cache.spec import TokenSpec
+from cache.storage import LocalStorage
 from cache.store import TokenStore
 from tests.conftest import key_of, make_clip
 from tests.faults import PROVENANCE, assert_holds, store_of, unit
@@ -73,6 +75,33 @@ class TestGarbage:
         store.commit(other, unit(other, "ab"), PROVENANCE)  # it comes back as if it were new
         assert_holds(root, other, "ab")
         assert store.entry(other, key_of("a")).row == layout.CLIPS_PER_SHARD
+
+    def test_jobs_are_left_alone_and_are_no_strangers(self, tmp_path: Path, specs: Specs) -> None:
+        spec, root = specs["video"], tmp_path / "s"
+        jobs = LocalStorage(root)
+        files = {
+            f"{layout.jobs('0123456789abcdef')}/0000/{name}"
+            for name in ("plan.json", "leases/000000.000", "receipts/000000.json", "workers/w.json")
+        }
+        for key in files:
+            jobs.create(key, b"{}")
+        store = store_of(root, spec, "ab")  # a folder with nothing but jobs becomes a store
+        assert collect_garbage(store, [], delete=True, abandon_after_s=-1).n_files
+        assert files <= files_in(root)
+        store = store_of(root, spec, "ab")
+        assert collect_garbage(store, delete=True, abandon_after_s=-1).n_files == 0
+        assert verify(store).findings == []
+        report = doctor(store)
+        assert (report.repaired, report.remaining) == ([], [])
+        target = TokenStore.open_or_create(tmp_path / "copy")
+        assert sync(store, target).n_clips == 2
+        assert not (tmp_path / "copy" / layout.JOBS).exists()
+        # The record that a killed worker left in the making.
+        torn = f"{layout.jobs('0123456789abcdef')}/0000/workers/.w.json.1-a.partial"
+        jobs.path(torn).write_bytes(b"{")
+        assert collect_garbage(store, delete=True).n_files == 0, "it may be alive"
+        collect_garbage(store, delete=True, abandon_after_s=-1)
+        assert not jobs.path(torn).exists()
 
     def test_a_copy_without_claims_loses_nothing_to_the_next_writer(
         self, tmp_path: Path, specs: Specs
