@@ -21,7 +21,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from cache.spec import TokenSpec
+    from extract.encoders.base import Encoder
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,6 +61,7 @@ def extraction(clips: Path, work: Path, results: Path) -> None:
     from cache.manifest import write_manifest
     from cache.store import TokenStore
     from extract.encoders import bank, weights
+    from extract.encoders.base import freeze
     from extract.encoders.eva import FrozenEva
     from extract.encoders.whisper import FrozenWhisper, _openai_module
     from extract.index import index_folder
@@ -73,13 +78,13 @@ def extraction(clips: Path, work: Path, results: Path) -> None:
         # Its position table is the only part that the constructor fills; the rest is torch's init.
         digest = weights.digest(module.state_dict())
         spec = tokens.audio.encoder.model_copy(update={"weights_sha256": digest})
-        return FrozenWhisper(module, spec, "cpu")
+        return FrozenWhisper(module, spec, "cpu", "float32")
 
     def build_eva() -> FrozenEva:
         encoder = FrozenEva(tokens.image.encoder, native_px=224)
         digest = weights.digest(encoder._body.state_dict())
         encoder.spec = encoder.spec.model_copy(update={"weights_sha256": digest})
-        weights.freeze(encoder, "cpu")
+        freeze(encoder, "cpu", "float32")
         return encoder
 
     whisper = phases.run("build Whisper-large-v3 encoder (float32)", build_whisper)
@@ -89,14 +94,16 @@ def extraction(clips: Path, work: Path, results: Path) -> None:
         """The bank of real checkpoints, with modules handed in instead of loaded."""
 
         def __init__(self) -> None:
-            self._device = "cpu"
-            self._paths = {name: Path("random-init") for name in ("audio", "video", "image")}
+            self._device, self._precision, self._compile = "cpu", "float32", False
+            digests = {"audio": whisper.spec.weights_sha256, "video": eva.spec.weights_sha256}
             self.specs = tuple(
-                s.with_weights(self._load(s).spec.weights_sha256 or "") for s in tokens.all()
+                s.with_weights(digests.get(s.stream, eva.spec.weights_sha256) or "")
+                for s in tokens.all()
             )
+            self._paths = {spec.spec_id: Path("random-init") for spec in self.specs}
 
-        def _load(self, spec: object) -> bank.Encoder:
-            return whisper if spec.stream == "audio" else eva  # type: ignore[attr-defined]
+        def encoder(self, spec: TokenSpec) -> Encoder:
+            return whisper if spec.stream == "audio" else eva
 
     media = work / "media"
     media.mkdir(parents=True)
@@ -113,8 +120,9 @@ def extraction(clips: Path, work: Path, results: Path) -> None:
     plan = make_plan(manifest.records, encoders.specs, store)
     report = phases.run(
         "golden probe, decode, encode, commit 2 clips",
-        lambda: extract(plan, encoders, store, media),
+        lambda: extract(plan, manifest.records, encoders, store, media, deadline_s=600),
     )
+    assert report is not None
     assert not report.failures, report.failures
     results.write_text(json.dumps({"phases": phases.rows, "store_bytes": report.n_bytes}))
 

@@ -64,7 +64,8 @@ def demo(
     bank = EncoderBank(preset.tokens.all(), weights)
     plan = make_plan(manifest.records, bank.specs, store)
     with progress_bar(err, "extracting", plan.n_missing, "clips") as bar:
-        extract(plan, bank, store, media_root(manifest, manifest_path), on_clip=bar.advance)
+        root = media_root(manifest, manifest_path)
+        extract(plan, manifest.records, bank, store, root, on_clip=bar.advance)
     out.print(
         f"extracted {plan.n_missing} of {plan.n_clips} clips; "
         f"{plan.n_clips - plan.n_missing} were in the store already",

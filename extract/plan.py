@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 import numpy as np
 
 from cache.clip import Record
 from cache.commit import Entry, Status
-from cache.layout import CLIPS_PER_SHARD, STORED_DTYPES
-from cache.spec import AUDIO_FRAMES_PER_S, Stream, TokenSpec
+from cache.encoders import AUDIO_FRAMES_PER_S
+from cache.layout import CLIPS_PER_SHARD, STORED_DTYPES, arrays
+from cache.recipes import label_of
+from cache.spec import TokenSpec
 from cache.store import TokenStore
+from extract.failures import FailureKind, kind_of
+from extract.job import Job, PlanDocument, PlannedUnit, job_id
 
 NEVER = "not encoded yet"
 RETRY = "failed before, to be tried again"
 OTHER_SPEC = "encoded, but under another spec only"
 """Why tokens are missing."""
 
+UNIT_CLIPS = CLIPS_PER_SHARD
+"""Clips of a unit by default: one shard. docs/cluster.md says when to choose more."""
+
 
 @dataclass(frozen=True)
 class Unit:
-    """A pack of clips with the specs that all of them miss; one worker commits it."""
+    """A pack of clips with the specs that all of them miss; one worker encodes and commits it."""
 
+    rows: tuple[int, ...]
+    """Which records of the manifest."""
     records: tuple[Record, ...]
     specs: tuple[TokenSpec, ...]
 
@@ -33,17 +43,22 @@ class Unit:
 class Plan:
     """The work that a manifest needs under some specs."""
 
+    specs: tuple[TokenSpec, ...]
+    labels: tuple[str, ...]
+    """What people call the specs, in their order; keys of the tables below."""
     units: tuple[Unit, ...]
     n_clips: int
     """Distinct clips of the manifest."""
-    known: dict[Stream, Counter[Status]] = field(default_factory=dict)
-    """Stream -> how many clips the store knows already, by status."""
-    served: dict[Stream, Counter[str]] = field(default_factory=dict)
-    """Stream -> how many of the known clips come from a richer spec, by its spec_id."""
-    misses: dict[Stream, Counter[str]] = field(default_factory=dict)
-    """Stream -> how many clips lack tokens, by reason."""
-    n_bytes: dict[Stream, int] = field(default_factory=dict)
-    """Stream -> bytes of tokens to be written, by the durations that containers state; one that is not
+    retry: tuple[FailureKind, ...] = ()
+    unit_clips: int = UNIT_CLIPS
+    known: dict[str, Counter[Status]] = field(default_factory=dict)
+    """Label -> how many clips the store knows already, by status."""
+    served: dict[str, Counter[str]] = field(default_factory=dict)
+    """Label -> how many of the known clips come from a richer spec, by its spec_id."""
+    misses: dict[str, Counter[str]] = field(default_factory=dict)
+    """Label -> how many clips lack tokens, by reason."""
+    n_bytes: dict[str, int] = field(default_factory=dict)
+    """Label -> bytes of tokens to be written, by the durations that containers state; one that is not
     known counts as a whole window."""
 
     @property
@@ -51,13 +66,23 @@ class Plan:
         """Clips for which some encoder must run."""
         return sum(len(u.records) for u in self.units)
 
+    @property
+    def n_objects(self) -> int:
+        """Files or objects that the store will gain: shards, small arrays, claims and commit records."""
+        return sum(
+            math.ceil(len(unit.records) / CLIPS_PER_SHARD) * (len(arrays(spec)) + 2)
+            for unit in self.units
+            for spec in unit.specs
+        )
+
 
 def make_plan(
     records: Sequence[Record],
     specs: Sequence[TokenSpec],
-    store: TokenStore,
+    store: TokenStore | None,
     *,
-    retry_failed: bool = False,
+    retry: Collection[FailureKind] = (),
+    unit_clips: int = UNIT_CLIPS,
 ) -> Plan:
     """Compare a manifest with a store.
 
@@ -65,54 +90,118 @@ def make_plan(
 
     Args:
         records: The manifest's records; records that share a clip share its tokens.
-        specs: One per stream; one whose weights are not known takes any stored weights.
-        store: Where tokens are, or will be.
-        retry_failed: Treat clips that failed before as missing.
+        specs: What is wanted; one whose weights are not known takes any stored weights.
+        store: Where tokens are, or will be; None for a store that does not exist yet.
+        retry: Kinds of failure that count as missing.
+        unit_clips: Most clips of a unit.
     """
-    streams = [spec.stream for spec in specs]
-    known: dict[Stream, Counter[Status]] = {s: Counter() for s in streams}
-    served: dict[Stream, Counter[str]] = {s: Counter() for s in streams}
-    misses: dict[Stream, Counter[str]] = {s: Counter() for s in streams}
-    n_bytes: dict[Stream, int] = dict.fromkeys(streams, 0)
-    sources = {spec: store.sources(spec) for spec in specs}
-    work: dict[tuple[TokenSpec, ...], list[Record]] = {}
-    seen: set[tuple[Stream, str]] = set()
-    for record in records:
-        missing = []
-        for spec in specs:
-            key, stream = record.token_key(spec), spec.stream
-            if (stream, key) in seen:
-                continue
-            seen.add((stream, key))
-            found = store.find(sources[spec], key)
-            if found is not None and not (retry_failed and found[1].status is Status.FAILED):
-                source, entry = found
-                known[stream][entry.status] += 1
-                if not spec.accepts(source):
-                    served[stream][source.spec_id] += 1
-                continue
-            missing.append(spec)
-            misses[stream][_why_missing(store, spec, record, found)] += 1
-            n_bytes[stream] += token_bytes(spec, record)
+    labels = unique_labels(specs)
+    plan = Plan(
+        tuple(specs), labels, (), 0, tuple(sorted(retry)), unit_clips,
+        known={label: Counter() for label in labels},
+        served={label: Counter() for label in labels},
+        misses={label: Counter() for label in labels},
+        n_bytes=dict.fromkeys(labels, 0),
+    )  # fmt: skip
+    looks = [
+        _Look(spec, label, store, frozenset(retry))
+        for spec, label in zip(specs, labels, strict=True)
+    ]
+    work: dict[tuple[int, ...], list[int]] = {}
+    for row, record in enumerate(records):
+        missing = tuple(n for n, look in enumerate(looks) if look.misses(record, plan))
         if missing:
-            work.setdefault(tuple(missing), []).append(record)
+            work.setdefault(missing, []).append(row)
     units = tuple(
-        Unit(tuple(pack), missing)
-        for missing, todo in work.items()
-        for pack in _packs(todo, CLIPS_PER_SHARD)
+        Unit(pack, tuple(records[row] for row in pack), tuple(specs[n] for n in missing))
+        for missing, rows in work.items()
+        for pack in _packs(rows, unit_clips)
     )
     n_clips = len({record.clip.sha256 for record in records})
-    return Plan(units, n_clips, known, served, misses, n_bytes)
+    return Plan(
+        plan.specs, labels, units, n_clips, plan.retry, unit_clips,
+        plan.known, plan.served, plan.misses, plan.n_bytes,
+    )  # fmt: skip
 
 
-def _why_missing(
-    store: TokenStore, spec: TokenSpec, record: Record, found: tuple[TokenSpec, Entry] | None
-) -> str:
-    if found is not None:
-        return RETRY
-    same_stream = [other for other in store.specs.values() if other.stream == spec.stream]
-    elsewhere = any(record.token_key(other) in store.index(other) for other in same_stream)
-    return OTHER_SPEC if elsewhere else NEVER
+class _Look:
+    """Looks the records up for one spec."""
+
+    def __init__(
+        self,
+        spec: TokenSpec,
+        label: str,
+        store: TokenStore | None,
+        retry: frozenset[FailureKind],
+    ) -> None:
+        self._spec = spec
+        self._label = label
+        self._store = store
+        self._retry = retry
+        self._sources = store.sources(spec) if store is not None else []
+        stored = store.specs.values() if store is not None else ()
+        self._others = [
+            other for other in stored if other.stream == spec.stream and other not in self._sources
+        ]
+        self._richer = {s.spec_id for s in self._sources if not spec.accepts(s)}
+        self._seen: set[str] = set()
+
+    def misses(self, record: Record, plan: Plan) -> bool:
+        """True if this record's clip must be encoded; counts it in the plan's tables."""
+        key = record.token_key(self._spec)
+        if key in self._seen:
+            return False
+        self._seen.add(key)
+        found = self._store.find(self._sources, key) if self._store is not None else None
+        if found is not None and not _again(found[1], self._retry):
+            source, entry = found
+            plan.known[self._label][entry.status] += 1
+            if source.spec_id in self._richer:
+                plan.served[self._label][source.spec_id] += 1
+            return False
+        plan.misses[self._label][RETRY if found is not None else self._why(record)] += 1
+        plan.n_bytes[self._label] += token_bytes(self._spec, record)
+        return True
+
+    def _why(self, record: Record) -> str:
+        if self._store is None:
+            return NEVER
+        index = self._store.index
+        elsewhere = any(record.token_key(other) in index(other) for other in self._others)
+        return OTHER_SPEC if elsewhere else NEVER
+
+
+def _again(entry: Entry, retry: Collection[FailureKind]) -> bool:
+    return entry.status is Status.FAILED and bool(retry) and kind_of(entry.reason) in retry
+
+
+def open_job(store: TokenStore, records: Sequence[Record], plan: Plan) -> Job:
+    """Return the job that does a plan: one that others began on the same records and specs, or a new one."""
+    number = {spec.spec_id: n for n, spec in enumerate(plan.specs)}
+    document = PlanDocument(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        specs=plan.specs,
+        n_records=len(records),
+        units=tuple(
+            PlannedUnit(rows=unit.rows, specs=tuple(number[s.spec_id] for s in unit.specs))
+            for unit in plan.units
+        ),
+        retry=plan.retry,
+        unit_clips=plan.unit_clips,
+    )
+    identity = job_id(records, plan.specs, plan.retry)
+    return Job.open_or_create(store.storage, document, identity)
+
+
+def unique_labels(specs: Sequence[TokenSpec]) -> tuple[str, ...]:
+    """Return the specs' labels; a number tells apart those that would be called the same."""
+    labels = [label_of(spec) for spec in specs]
+    total, so_far = Counter(labels), Counter[str]()
+    unique = []
+    for label in labels:
+        so_far[label] += 1
+        unique.append(f"{label} ({so_far[label]})" if total[label] > 1 else label)
+    return tuple(unique)
 
 
 def token_bytes(spec: TokenSpec, record: Record) -> int:
@@ -125,6 +214,6 @@ def token_bytes(spec: TokenSpec, record: Record) -> int:
     return n_tokens * math.prod(tail) * np.dtype(STORED_DTYPES[spec.dtype]).itemsize
 
 
-def _packs(records: Sequence[Record], size: int) -> Iterable[Sequence[Record]]:
-    for start in range(0, len(records), size):
-        yield records[start : start + size]
+def _packs(rows: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
+    for start in range(0, len(rows), size):
+        yield tuple(rows[start : start + size])

@@ -13,15 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cache.clip import Record, media_path
-from cache.commit import Status
+from cache.commit import ClipTokens, Status
 from cache.errors import CorruptTokensError, StoreError
 from cache.quantize import dequantize, quantize
 from cache.spec import Stream, TokenSpec
 from cache.store import TokenStore
-from extract.decode import Decoded
 from extract.encoders.bank import EncoderBank
-from extract.plan import Unit
-from extract.run import decode_clip, encode_clip
+from extract.results import encode_clip
 
 TOLERANCE = 1e-2
 """Largest relative L2 difference that passes. The same machine and versions give 0; other versions or
@@ -101,16 +99,11 @@ def _recheck(
     bank: EncoderBank,
     media_root: Path,
 ) -> list[Recheck]:
-    decoded = decode_clip(record, media_path(media_root, record), specs)
-    unit = Unit((record,), tuple(specs))
-    return [_compare(store, unit, spec, decoded, bank) for spec in specs]
+    clips = encode_clip(record, media_path(media_root, record), specs, bank)
+    return [_compare(store, spec, record, clip) for spec, clip in zip(specs, clips, strict=True)]
 
 
-def _compare(
-    store: TokenStore, unit: Unit, spec: TokenSpec, decoded: Decoded | str, bank: EncoderBank
-) -> Recheck:
-    (record,) = unit.records
-    clip = encode_clip(unit, spec, record, decoded, bank)
+def _compare(store: TokenStore, spec: TokenSpec, record: Record, clip: ClipTokens) -> Recheck:
     if clip.tokens is None:
         why = clip.reason or f"the {spec.stream} stream is {clip.status.value} now"
         return _failed(record, spec, f"cannot be encoded again: {why}")

@@ -756,7 +756,8 @@ def extracted(
     manifest, _ = index_folder(folder, folder / "m.parquet")
     root = tmp_path_factory.mktemp("store") / "s"
     store = TokenStore.open_or_create(root)
-    extract(make_plan(manifest.records, bank.specs, store), bank, store, folder)
+    plan = make_plan(manifest.records, bank.specs, store)
+    extract(plan, manifest.records, bank, store, folder)
     return folder, manifest, root
 
 

@@ -23,10 +23,12 @@ from cache.store import TokenStore
 from cache.views import VideoView
 from extract.decode import FrameRequest, decode
 from extract.encoders.bank import EncoderBank
+from extract.failures import KINDS
 from extract.index import index_folder
 from extract.plan import make_plan
 from extract.preprocess import pixels
-from extract.run import ExtractReport, extract
+from extract.run import extract
+from extract.summary import JobSummary
 from tests.media import sine, write, write_clip
 from train.presets import demo
 
@@ -38,9 +40,9 @@ def do(
     root: Path,
     *,
     retry_failed: bool = False,
-) -> ExtractReport:
-    plan = make_plan(manifest.records, bank.specs, store, retry_failed=retry_failed)
-    return extract(plan, bank, store, root)
+) -> JobSummary | None:
+    plan = make_plan(manifest.records, bank.specs, store, retry=KINDS if retry_failed else ())
+    return extract(plan, manifest.records, bank, store, root)
 
 
 def statuses(store: TokenStore, specs: Sequence[TokenSpec], record: Record) -> tuple[str, str, str]:
@@ -80,7 +82,7 @@ def test_tokens_are_what_the_encoders_say(
         frame_choices=[FrameRequest("uniform", 16), FrameRequest("middle")],
     )
     assert decoded.audio is not None
-    whisper, eva = bank._load(audio), bank._load(video)
+    whisper, eva = bank.encoder(audio), bank.encoder(video)
     heard = whisper.encode([decoded.audio.waveform])[0]  # type: ignore[list-item, arg-type]
     np.testing.assert_allclose(
         store.read(audio, record.clip.sha256).tokens, heard, atol=2e-3, rtol=2e-3
@@ -107,7 +109,7 @@ def test_equal_bytes_are_encoded_once_and_a_second_run_does_nothing(
         assert len(store.index(spec)) == 3
     plan = make_plan(manifest.records, bank.specs, store)
     assert (plan.n_clips, plan.n_missing) == (3, 0)
-    assert do(manifest, bank, store, folder).n_units == 0
+    assert do(manifest, bank, store, folder) is None
 
 
 def test_only_what_is_missing_is_encoded(
@@ -163,15 +165,19 @@ def test_bad_files_fail_by_name_and_the_rest_goes_on(tmp_path: Path, bank: Encod
         "gone.mp4": bad,
         "changed.mp4": bad,
     }
-    reasons = {uid: reason for uid, _, reason in report.failures}
-    assert "No such file" in reasons["media/gone"]
-    assert "not the file that was indexed" in reasons["media/changed"]
-    assert report.count(Status.FAILED) == 15
+    assert report is not None
+    failures = {failure.uid: failure for failure in report.failures}
+    assert failures["media/gone"].kind == "missing"
+    assert failures["media/changed"].kind == "changed"
+    assert "not the file that was indexed" in failures["media/changed"].reason
+    assert len(report.failures) == 15
+    assert report.n_failed == 5
     # A second run leaves failures alone; a retry tries them again and may succeed.
-    assert do(manifest, bank, store, root).n_units == 0
+    assert do(manifest, bank, store, root) is None
     write_clip(root / "gone.mp4", seed=1)
     again = do(manifest, bank, store, root, retry_failed=True)
-    assert again.count(Status.OK) == 3
+    assert again is not None
+    assert sum(counts[Status.OK] for counts in again.counts.values()) == 3
     gone = next(r for r in manifest.records if r.media == "gone.mp4")
     assert statuses(TokenStore.open(tmp_path / "s"), bank.specs, gone) == ("ok",) * 3
 
@@ -187,6 +193,7 @@ def test_damage_that_decoding_passed_over_is_on_record(tmp_path: Path, bank: Enc
     manifest, _ = index_folder(root, tmp_path / "m.parquet")
     store = TokenStore.open_or_create(tmp_path / "s")
     report = do(manifest, bank, store, root)
+    assert report is not None
     assert not report.failures
     assert report.remarks
     uid, stream, remark = report.remarks[0]
@@ -240,15 +247,17 @@ def test_the_digest_memo_saves_reading_and_follows_the_file(
 @pytest.fixture(scope="module")
 def real(
     bank: EncoderBank, shared_clips: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Manifest, TokenStore, ExtractReport]:
+) -> tuple[Manifest, TokenStore, JobSummary]:
     root = tmp_path_factory.mktemp("real")
     store = TokenStore.open_or_create(root / "s")
     manifest, _ = index_folder(shared_clips, root / "m.parquet")
-    return manifest, store, do(manifest, bank, store, shared_clips)
+    report = do(manifest, bank, store, shared_clips)
+    assert report is not None
+    return manifest, store, report
 
 
 def test_every_real_clip_ends_with_the_right_status(
-    real: tuple[Manifest, TokenStore, ExtractReport], bank: EncoderBank, shared_clips: Path
+    real: tuple[Manifest, TokenStore, JobSummary], bank: EncoderBank, shared_clips: Path
 ) -> None:
     manifest, store, report = real
     facts = [json.loads(x) for x in (shared_clips / "clips.jsonl").read_text().splitlines()]
@@ -273,7 +282,7 @@ def test_every_real_clip_ends_with_the_right_status(
 
 
 def test_real_audio_is_as_long_as_it_should_be_and_long_files_are_flagged(
-    real: tuple[Manifest, TokenStore, ExtractReport], bank: EncoderBank, shared_clips: Path
+    real: tuple[Manifest, TokenStore, JobSummary], bank: EncoderBank, shared_clips: Path
 ) -> None:
     manifest, store, report = real
     flagged = {uid.rpartition("/")[2] for uid in report.truncated}
@@ -291,7 +300,7 @@ def test_real_audio_is_as_long_as_it_should_be_and_long_files_are_flagged(
 
 
 def test_real_frame_choices_count_true_frames(
-    real: tuple[Manifest, TokenStore, ExtractReport], bank: EncoderBank
+    real: tuple[Manifest, TokenStore, JobSummary], bank: EncoderBank
 ) -> None:
     manifest, store, _ = real
     by_name = {Path(r.media).stem: r for r in manifest.records}

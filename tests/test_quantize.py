@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from cache.clip import Clip, Record
+from cache.clip import Clip, Record, file_sha256
 from cache.commit import Status
 from cache.errors import CorruptTokensError
 from cache.quantize import Quantized, dequantize, dequantize_torch, errors, quantize
-from extract.decode import FrameRequest, decode
 from extract.encoders.bank import EncoderBank
+from extract.results import encode_clip
 
 Float16 = npt.NDArray[np.float16]
 PAPER_SHAPES = {"image": (1025, 1408), "video": (16, 4, 1408), "audio 30 s": (1500, 1280)}
@@ -215,14 +215,10 @@ def test_the_goals_hold_on_real_clips(bank: EncoderBank, shared_clips: Path) -> 
 
 def real_tokens(bank: EncoderBank, path: Path, stream: str) -> npt.NDArray[np.float32] | None:
     """Return what the bank says to a real clip, or None if the clip has no such stream."""
-    requests = [FrameRequest("uniform", 16), FrameRequest("middle")]
-    decoded = decode(path, want_audio=True, frame_choices=requests)
-    record = Record(uid=f"x/{path.name}", media=path.name, clip=Clip(sha256="0" * 64, n_bytes=1))
     spec = next(s for s in bank.specs if s.stream == stream)
-    choice = None
-    if stream != "audio" and decoded.choices:
-        choice = decoded.choices[0 if stream == "video" else 1]
-    found = bank.encode(spec, record, decoded, choice)
+    clip = Clip(sha256=file_sha256(path), n_bytes=1)
+    record = Record(uid=f"x/{path.name}", media=path.name, clip=clip)
+    (found,) = encode_clip(record, path, [spec], bank)
     if found.status is not Status.OK:
         return None
     assert found.tokens is not None
