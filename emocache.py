@@ -6,23 +6,20 @@ import logging
 import os
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.logging import RichHandler
 from typer.core import TyperGroup
 
 from eval.console import DONE, FINDINGS, REFUSED, err, out, verb
+from eval.extract_verbs import extract_app, extract_worker_command
 from eval.store_verbs import store_app
 
-if TYPE_CHECKING:
-    from extract.run import ExtractReport
-
 logger = logging.getLogger("emocache")
-VERBS = ("index", "extract", "store", "train", "show", "evaluate", "demo")
+VERBS = ("index", "extract", "extract-worker", "store", "train", "show", "evaluate", "demo")
 """In the order of the work; `emocache --help` shows them so."""
 
 
@@ -40,6 +37,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Encode emotion clips once, then train and ablate from the cache.",
 )
+app.add_typer(extract_app, name="extract")
+app.command("extract-worker")(extract_worker_command)
 app.add_typer(store_app, name="store")
 
 Overrides = Annotated[
@@ -59,12 +58,9 @@ DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 findings, 2 refused, 130 stopped."""
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(message)s",
-        handlers=[RichHandler(console=err, show_time=False, show_path=False)],
-        force=True,
-    )
+    handler = RichHandler(console=err, show_time=False, show_path=False)
+    handler.addFilter(_is_for_the_terminal)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
     for noisy in ("httpx", "transformers", "numexpr", "absl"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # peft still asks transformers 5 by an old name; users can do nothing about it.
@@ -80,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else REFUSED
     return DONE
+
+
+def _is_for_the_terminal(record: logging.LogRecord) -> bool:
+    """True unless a worker speaks of a unit: that is for log files; progress is shown otherwise."""
+    return record.levelno >= logging.WARNING or not record.name.startswith("extract.")
 
 
 def run() -> None:
@@ -129,98 +130,6 @@ def index_command(
     if space is not None:
         out.print(f"labels: {', '.join(space.labels)}", highlight=False)
     return FINDINGS if report.left_out or report.suspicious else DONE
-
-
-@app.command("extract")
-@verb
-def extract_command(
-    preset: PresetArgument,
-    manifest: ManifestOption,
-    store: StoreOption,
-    overrides: Overrides = None,
-    encoder_weights: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=PATH, repeatable; NAME is whisper, eva, or a stream."),
-    ] = None,
-    media_root: Annotated[
-        Path | None, typer.Option(help="Where the media are now, if not where they were indexed.")
-    ] = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try clips again that failed before.")
-    ] = False,
-    with_file: WithOption = None,
-    device: DeviceOption = "cpu",
-    compression: Annotated[
-        str, typer.Option(help="Of a new store: none (the fast one) or zstd (archives).")
-    ] = "none",
-    single_committer: Annotated[
-        bool,
-        typer.Option(
-            "--single-committer",
-            help="Write to a bucket that ignores create-once; you see to it that one process does.",
-        ),
-    ] = False,
-) -> int:
-    """Decode and encode every clip that the store does not hold yet."""
-    from cache.commit import Status
-    from cache.manifest import media_root as root_of
-    from cache.manifest import read_manifest
-    from cache.store import TokenStore
-    from eval.arguments import check_device, compression_of, configure, weights_of
-    from eval.progress import progress_bar
-    from eval.tables import status_table
-    from extract.encoders.bank import EncoderBank
-    from extract.plan import make_plan
-    from extract.run import extract
-
-    chosen = configure(preset, overrides, with_file)
-    check_device(device)
-    records = read_manifest(manifest)
-    weights = weights_of(chosen, encoder_weights or [])
-    bank = EncoderBank(chosen.tokens.all(), weights, device)
-    target = TokenStore.open_or_create(
-        store, compression=compression_of(compression), single_committer=single_committer
-    )
-    plan = make_plan(records.records, bank.specs, target, retry_failed=retry_failed)
-    if not plan.units:
-        out.print(
-            f"nothing to do: all {plan.n_clips} clips are in {store}",
-            highlight=False,
-            soft_wrap=True,
-        )
-        out.print(status_table(plan.known))
-        n_failed = sum(counts[Status.FAILED] for counts in plan.known.values())
-        return FINDINGS if n_failed else DONE
-    root = media_root or root_of(records, manifest)
-    with progress_bar(err, "extracting", plan.n_missing, "clips") as bar:
-        report = extract(plan, bank, target, root, on_clip=bar.advance)
-    _print_extracted(report, store)
-    return FINDINGS if report.failures else DONE
-
-
-def _print_extracted(report: ExtractReport, store: str) -> None:
-    from eval.report import human_size
-    from eval.tables import status_table
-
-    out.print(status_table(report.encoded))
-    written = f"{report.n_units} units, {human_size(report.n_bytes)} written to {store}"
-    out.print(written, highlight=False, soft_wrap=True)
-    if report.truncated:
-        out.print(
-            f"{len(report.truncated)} clips are longer than the audio encoder's window, only their "
-            f"beginning was encoded: {', '.join(report.truncated[:5])}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    for uid, stream, remark in report.remarks[:5]:
-        err.print(f"damage passed over, {stream} of {uid}: {remark}", markup=False, soft_wrap=True)
-    if len(report.remarks) > 5:
-        err.print(f"damage passed over in {len(report.remarks) - 5} more streams", markup=False)
-    by_reason = Counter((stream, reason) for _, stream, reason in report.failures)
-    for (stream, reason), n in by_reason.most_common(10):
-        err.print(
-            f"failed, {stream}, {n} clip{'s' * (n > 1)}: {reason}", markup=False, soft_wrap=True
-        )
 
 
 @app.command("train")

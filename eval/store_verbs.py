@@ -117,16 +117,17 @@ def store_plan(
     from cache.store import TokenStore
     from eval.arguments import configure
     from eval.tables import plan_table
+    from extract.failures import KINDS
     from extract.plan import make_plan
 
     opened = TokenStore.open(store)
     chosen = configure(preset, overrides)
     records = read_manifest(manifest).records
-    plan = make_plan(records, chosen.tokens.all(), opened, retry_failed=retry_failed)
+    plan = make_plan(records, chosen.tokens.all(), opened, retry=KINDS if retry_failed else ())
     out.print(plan_table(plan))
-    for stream, served in plan.served.items():
+    for label, served in plan.served.items():
         for spec_id, n in served.items():
-            out.print(f"{stream}: {n:,} clips come from the richer spec {spec_id}", highlight=False)
+            out.print(f"{label}: {n:,} clips come from the richer spec {spec_id}", highlight=False)
     return DONE
 
 

@@ -88,7 +88,7 @@ def test_the_five_verbs_by_hand(
     given = ["--manifest", manifest, "--store", store]
     code, shown, problems = run(capsys, "extract", "demo", *given)
     assert code == 1, "done, with a failed clip"
-    assert "failed, audio, 1 clip" in problems
+    assert "failed, audio, video, image, 1 clip: undecodable" in problems
     code, shown, _ = run(capsys, "extract", "demo", *given)
     assert "nothing to do: all 7 clips are in" in shown
     code, shown, _ = run(capsys, "store", "ls", store)
