@@ -15,7 +15,7 @@ Precision = Literal["float32", "float16", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 CPU_BATCH_TOKENS = 2048
-"""Tokens of a batch on a CPU, where a small batch stays in the caches (docs/extraction.md)."""
+"""Tokens of a batch on a CPU, where a small batch stays in the caches (docs/extraction_speed.md)."""
 GPU_BATCH_TOKENS = 32_768
 """Tokens of a batch on a GPU: 21 clips of 30 s sound, or 8 clips of 16 frames."""
 
