@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from pydantic import Field, field_validator
 
@@ -51,8 +51,8 @@ class Record(Model):
     @field_validator("media")
     @classmethod
     def _inside_the_root(cls, value: str) -> str:
-        path = PurePosixPath(value)
-        if path.is_absolute() or ".." in path.parts or "\\" in value or "\0" in value:
+        # Plain text: a path object for each of 130,000 records takes longer than all other checks.
+        if value.startswith("/") or ".." in value.split("/") or "\\" in value or "\0" in value:
             raise ValueError("must be a relative path inside the media root")
         return value
 
