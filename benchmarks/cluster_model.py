@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cache.errors import EmocacheError, SchemaError
 from cache.layout import CLIPS_PER_SHARD
-from cache.schema import Model, decode_json
+from cache.schema import Model, decode_json, describe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -1522,7 +1522,8 @@ def draw_efficiency(axes: Axes, costs: Costs, seed: int) -> None:
     axes.set_xticks(PLOT_WORKERS, [str(n) for n in PLOT_WORKERS])
     axes.minorticks_off()
     axes.set_xlim(0.55, PLOT_WORKERS[-1] * 1.1)
-    axes.set_ylim(0, 100)
+    axes.set_ylim(0, 108)
+    axes.set_yticks(range(0, 101, 20))
     axes.set_xlabel("workers")
     axes.set_ylabel("efficiency [%]")
     title = f"Workers of {costs.name} each, {PLOT_CLIPS:,} clips, units of 8 to 128 clips"
@@ -1551,7 +1552,12 @@ def draw_repeated(axes: Axes, tables: Mapping[str, Sequence[Row]]) -> None:
         style = "--" if is_warned else "-"
         axes.plot(sizes, values, color=colour, marker="o", ms=3, lw=1.6, ls=style)
         axes.annotate(
-            name, (sizes[-1], values[-1]), xytext=(0, 7), color=colour, ha="right", **offset
+            name,
+            (sizes[-1], values[-1]),
+            xytext=(0, -14 if is_warned else 7),
+            color=colour,
+            ha="right",
+            **offset,
         )
     for number, name in enumerate(nothing):
         axes.text(
@@ -1574,8 +1580,11 @@ def draw_repeated(axes: Axes, tables: Mapping[str, Sequence[Row]]) -> None:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """Read whole numbers between commas."""
-    return tuple(int(part) for part in text.split(","))
+    """Read whole numbers of at least 1 between commas."""
+    found = tuple(int(part) for part in text.split(","))
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{min(found)} is less than 1")
+    return found
 
 
 def main() -> None:
@@ -1596,8 +1605,10 @@ def main() -> None:
     try:
         costs = read_costs(arguments.costs) if arguments.costs else None
         found = report(costs, arguments)
-    except (EmocacheError, ValidationError) as error:
+    except EmocacheError as error:
         sys.exit(f"cluster_model.py: {error}")
+    except ValidationError as error:  # such as more heartbeats than the store takes
+        sys.exit(f"cluster_model.py: {describe(Scenario, error)}")
     seconds = time.process_time() - began_s
     print(f"simulated in {seconds:.0f} s of one core", file=sys.stderr)
     if arguments.json:

@@ -61,14 +61,14 @@ from cache.encoders import Encoder, WhisperEncoder
 from cache.layout import CLIPS_PER_SHARD, arrays
 from cache.spec import TokenSpec
 from extract.config import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, Precision, n_cores
-from extract.unit import tokens_per_clip
+from extract.workers.unit import tokens_per_clip
 
 if TYPE_CHECKING:
     from threading import Barrier
 
     from cache.manifest import Manifest
     from extract.encoders.bank import EncoderBank, EncoderInput
-    from extract.job import Job, Receipt
+    from extract.jobs.job import Job, Receipt
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_CLIPS = ROOT.parent / "shared" / "clips"
@@ -357,7 +357,7 @@ def decode_clips(
     """Decode clips one after the other; keep the inputs of every so many-th."""
     from extract.inputs import ClipInputs, prepare_inputs, request_of
     from extract.plan import unique_labels
-    from extract.results import encoder_input
+    from extract.workers.results import encoder_input
 
     records, root = subject.read().records, subject.media_root()
     labels = unique_labels(bank.specs)
@@ -527,7 +527,7 @@ def timeline(store: Path, ran: Ran) -> Result:
     Of each worker: until its first unit, with its units, after its last one. Means over the workers.
     """
     from cache.store import TokenStore
-    from extract.job import Job
+    from extract.jobs.job import Job
 
     (job,) = Job.latest(TokenStore.open(store).storage)
     receipts = job.receipts()
@@ -648,7 +648,7 @@ def extract_here(
 ) -> tuple[Job, list[Receipt]]:
     """Extract into a new store, in this process; return the job and its receipts."""
     from cache.store import TokenStore
-    from extract.job import Job
+    from extract.jobs.job import Job
     from extract.plan import make_plan
     from extract.run import extract
 

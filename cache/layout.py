@@ -46,7 +46,7 @@ MARKER = "store.json"
 ZARR = "tokens.zarr"
 """Root of the Zarr hierarchy."""
 JOBS = "jobs"
-"""Folder of the extraction jobs: see `extract.job`."""
+"""Folder of the extraction jobs: see `extract.jobs.job`."""
 OWN_NAMES = frozenset({MARKER, ZARR, JOBS, "commits", "claims", "probes", "snapshots"})
 """Everything that a store's folder holds."""
 

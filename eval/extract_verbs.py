@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from extract.calibrate import Calibration
     from extract.config import WorkerConfig
     from extract.encoders.bank import EncoderBank
-    from extract.engines import EngineOptions, EngineState
-    from extract.job import Job
+    from extract.engines.options import EngineOptions, EngineState
+    from extract.jobs.job import Job
     from extract.plan import Plan
     from extract.sources import MediaSource
     from extract.summary import JobSummary, Progress
@@ -137,7 +137,7 @@ def extract_command(work: WorkOptions, run: RunOptions) -> int:
 @takes(WorkOptions, WorkerOptions)
 def extract_worker_command(work: WorkOptions, own: WorkerOptions) -> int:
     """Be one worker of an extraction: for job arrays, in any number, started and ended at any time."""
-    from extract.worker import work as work_on
+    from extract.workers.worker import work as work_on
 
     drain_after_s = _drain_after_s(own.walltime)
     prepared = _prepare(work)
@@ -271,7 +271,7 @@ def _engine_options(run: RunOptions, device: str) -> EngineOptions:
     """
     from cache.schema import decode
     from eval.arguments import choice, duration_s, size_bytes
-    from extract.engines import EngineKind, EngineOptions
+    from extract.engines.options import EngineKind, EngineOptions
 
     kinds = get_args(EngineKind)
     if run.workers < 1:
@@ -327,7 +327,7 @@ def _drain_after_s(walltime: str | None) -> float | None:
     Raises:
         SchemaError: There would be no time to work.
     """
-    from extract.engines import MARGIN_S
+    from extract.engines.options import MARGIN_S
 
     walltime_s = _duration(walltime, "--walltime")
     if walltime_s is None:
@@ -356,7 +356,7 @@ def _config(
 def _worker_fields(work: WorkOptions) -> dict[str, Any]:
     """Return the fields of a worker's configuration that the user decides."""
     from eval.arguments import duration_s, size_bytes
-    from extract.session import HEARTBEAT_S
+    from extract.jobs.session import HEARTBEAT_S
 
     lease_timeout_s = duration_s(work.lease_timeout, "--lease-timeout")
     if not 0 < work.max_failure_share <= 1:
@@ -493,7 +493,7 @@ def _decoders_of(work: WorkOptions, engine: EngineOptions) -> int:
 
 
 def _print_script(prepared: _Prepared, work: WorkOptions, engine: EngineOptions) -> None:
-    from extract.engines import job_script
+    from extract.engines.start import job_script
 
     if engine.kind in (*_ON_THIS_MACHINE, "dask"):
         out.print(f"engine {engine.kind} submits no job script", highlight=False)
@@ -509,7 +509,7 @@ def _print_script(prepared: _Prepared, work: WorkOptions, engine: EngineOptions)
 def _run(prepared: _Prepared, work: WorkOptions, run: RunOptions, engine: EngineOptions) -> int:
     """Queue the work, show how it goes, and say what was done."""
     from eval.progress import Surroundings, job_view
-    from extract.engines import run_engine
+    from extract.engines.start import run_engine
     from extract.summary import Watch, summarise
 
     if engine.kind in _ON_THIS_MACHINE:
@@ -717,7 +717,7 @@ def _write_report(summary: JobSummary, where: str, folder: Path) -> None:
 
 def _jobs(store: str) -> list[Job]:
     from cache.store import TokenStore
-    from extract.job import Job
+    from extract.jobs.job import Job
 
     return Job.latest(TokenStore.open(store).storage)
 

@@ -17,9 +17,9 @@ from extract.decode_pool import DecodeFailure, DecodeJob, DecodePool, Prepared
 from extract.encoders.bank import EncoderBank, EncoderInput
 from extract.inputs import request_of
 from extract.plan import Plan, Unit
-from extract.results import encoder_input
 from extract.sources import MediaSource
-from extract.unit import tokens_per_clip
+from extract.workers.results import encoder_input
+from extract.workers.unit import tokens_per_clip
 
 N_CLIPS = 24
 

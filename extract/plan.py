@@ -18,7 +18,7 @@ from cache.recipes import label_of
 from cache.spec import TokenSpec
 from cache.store import TokenStore
 from extract.failures import FailureKind, kind_of
-from extract.job import Job, PlanDocument, PlannedUnit, job_id
+from extract.jobs.job import Job, PlanDocument, PlannedUnit, job_id
 
 NEVER = "not encoded yet"
 RETRY = "failed before, to be tried again"

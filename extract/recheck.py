@@ -19,7 +19,7 @@ from cache.quantize import dequantize, quantize
 from cache.spec import Stream, TokenSpec
 from cache.store import TokenStore
 from extract.encoders.bank import EncoderBank
-from extract.results import encode_clip
+from extract.workers.results import encode_clip
 
 TOLERANCE = 1e-2
 """Largest relative L2 difference that passes. The same machine and versions give 0; other versions or

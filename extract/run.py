@@ -11,10 +11,10 @@ from cache.clip import Record
 from cache.store import TokenStore
 from extract.config import WorkerConfig, n_cores
 from extract.encoders.bank import EncoderBank
-from extract.job import Job
+from extract.jobs.job import Job
 from extract.plan import Plan, open_job
 from extract.summary import JobSummary, summarise
-from extract.worker import work
+from extract.workers.worker import work
 
 
 def new_session() -> str:

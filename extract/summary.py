@@ -14,9 +14,9 @@ from pydantic import Field
 from cache.commit import Status
 from cache.schema import Model
 from extract.failures import KINDS, Evidence, FailureKind, kind_of
-from extract.job import Job, Receipt, ReceiptFailure
+from extract.jobs.job import Job, Receipt, ReceiptFailure
+from extract.jobs.session import LEASE_TIMEOUT_S, StageSeconds, WorkerState
 from extract.plan import unique_labels
-from extract.session import LEASE_TIMEOUT_S, StageSeconds, WorkerState
 
 if TYPE_CHECKING:
     from cache.clip import Record

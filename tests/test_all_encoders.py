@@ -19,10 +19,10 @@ from cache.store import TokenStore
 from emocache import main
 from extract.encoders.bank import EncoderBank
 from extract.index import index_folder
-from extract.job import Job
+from extract.jobs.job import Job
+from extract.jobs.session import WorkerState
 from extract.plan import make_plan
 from extract.run import extract
-from extract.session import WorkerState
 from tests.slurm import Slurm, slurm, slurm_server, wait_until
 
 __all__ = ["slurm", "slurm_server"]

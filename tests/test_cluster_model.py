@@ -519,7 +519,7 @@ def test_the_program_prints_saves_and_prices(
 
 
 def test_the_program_says_what_is_wrong_with_its_input(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "costs.json"
     path.write_text("{}")
@@ -527,5 +527,11 @@ def test_the_program_says_what_is_wrong_with_its_input(
     with pytest.raises(SystemExit, match="missing field 'encode'"):
         model.main()
     monkeypatch.setattr(sys, "argv", ["cluster_model.py", "--clips", "100", "--workers", "0"])
-    with pytest.raises(SystemExit, match="n_workers"):
+    with pytest.raises(SystemExit):
+        model.main()
+    assert "--workers: 0 is less than 1" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["cluster_model.py", "--clips", "100", "--workers", "5000"])
+    with pytest.raises(
+        SystemExit, match=r"'n_workers': .* less than or equal to 4096 \(got 5000\)"
+    ):
         model.main()

@@ -34,18 +34,19 @@ from cache.manifest import Manifest, write_manifest
 from cache.spec import TokenSpec
 from cache.storage import LocalStorage
 from cache.store import TokenStore
-from extract import engines, loops, supervisor
-from extract import worker as worker_module
-from extract.clusters import LocalFleet
-from extract.config import WorkerConfig
+from extract.config import WorkerConfig, n_cores
 from extract.encoders.bank import EncoderBank
-from extract.engines import EngineKind, EngineOptions, EngineState, job_script, run_engine
+from extract.engines import loops, supervisor
+from extract.engines.clusters import LocalFleet
+from extract.engines.job_scripts import dask_settings
+from extract.engines.loops import JOB_STARTED, LoopEnd, run_loop, time_left_s
+from extract.engines.options import EngineKind, EngineOptions, EngineState
+from extract.engines.start import job_script, run_engine
 from extract.index import index_folder
-from extract.job import Job, PlanDocument, PlannedUnit, Receipt
-from extract.job_scripts import dask_settings
-from extract.loops import JOB_STARTED, LoopEnd, run_loop, time_left_s
+from extract.jobs.job import Job, PlanDocument, PlannedUnit, Receipt
 from extract.plan import make_plan, open_job
 from extract.run import extract, worker_config
+from extract.workers import worker as worker_module
 from tests.media import write_clip
 from tests.slurm import wait_until
 
@@ -106,10 +107,10 @@ def light_loop(unit_s: float, fail_on: dict[int, dict[str, Any]] | None = None) 
 
         from cache.storage import LocalStorage
         from extract.config import WorkerConfig
-        from extract.drain import Drain, registered
-        from extract.job import Job, Receipt
-        from extract.loops import LoopEnd, let_worker_drain
-        from extract.session import WorkerSession
+        from extract.engines.loops import LoopEnd, let_worker_drain
+        from extract.jobs.job import Job, Receipt
+        from extract.jobs.session import WorkerSession
+        from extract.workers.drain import Drain, registered
 
         let_worker_drain()
         config = WorkerConfig.model_validate_json(config_json)
@@ -502,7 +503,7 @@ def test_local_workers_share_the_units_and_a_terminated_one_gives_its_unit_back(
     facts = [eval(state.note or "") for state, _ in job.workers()]
     assert {(f["daemon"], f["profile"], f["rank_by_name"]) for f in facts} == {(False, False, True)}
     assert {f["name"] for f in facts} == {"0", "1"}, "the number that chooses a GPU stays"
-    assert {f["n_threads"] for f in facts} == {max(1, engines.n_cores() // 2 - 1)}
+    assert {f["n_threads"] for f in facts} == {max(1, n_cores() // 2 - 1)}
     assert_no_children()
 
 
@@ -621,7 +622,7 @@ def test_a_worker_whose_walltime_is_over_is_replaced(
 
         from distributed import get_worker
 
-        from extract.loops import LoopEnd
+        from extract.engines.loops import LoopEnd
 
         name = get_worker().name
         if not any(n.startswith(f"{name}-") for n in os.listdir(marks)):

@@ -38,9 +38,9 @@ from eval.extraction_report import nice_step, render_extraction_report, stages_o
 from eval.progress import JobView, Surroundings, human_time, job_line, job_view
 from eval.tables import MEANINGS, objects_to_write, plan_table, units_to_do
 from extract.failures import KINDS, Evidence
-from extract.job import Job, ReceiptFailure
+from extract.jobs.job import Job, ReceiptFailure
+from extract.jobs.session import StageSeconds
 from extract.plan import make_plan
-from extract.session import StageSeconds
 from extract.summary import FailureList, JobSummary, Progress, Throughput, WorkerSummary
 from tests.conftest import key_of
 from tests.media import write_clip

@@ -28,7 +28,7 @@ from cache.object_storage import ObjectStorage
 from cache.spec import TokenSpec
 from cache.storage import LocalStorage, Storage
 from extract.failures import Evidence
-from extract.job import (
+from extract.jobs.job import (
     Job,
     PlanDocument,
     PlannedUnit,
@@ -37,8 +37,8 @@ from extract.job import (
     Strikes,
     job_id,
 )
-from extract.lease import Claim, Leases
-from extract.session import WorkerSession, WorkerState, host_identity, process_started
+from extract.jobs.lease import Claim, Leases
+from extract.jobs.session import WorkerSession, WorkerState, host_identity, process_started
 from tests.faults import run_forked
 from tests.object_store import environment, make_bucket, moto_server
 

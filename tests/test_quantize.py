@@ -18,7 +18,7 @@ from cache.commit import Status
 from cache.errors import CorruptTokensError
 from cache.quantize import Quantized, dequantize, dequantize_torch, errors, quantize
 from extract.encoders.bank import EncoderBank
-from extract.results import encode_clip
+from extract.workers.results import encode_clip
 
 Float16 = npt.NDArray[np.float16]
 PAPER_SHAPES = {"image": (1025, 1408), "video": (16, 4, 1408), "audio 30 s": (1500, 1280)}

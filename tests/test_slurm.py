@@ -21,12 +21,13 @@ from cache.manifest import Manifest, write_manifest
 from cache.spec import TokenSpec
 from cache.store import TokenStore
 from extract.encoders.bank import EncoderBank
-from extract.engines import EngineOptions, EngineState, run_engine
+from extract.engines.options import EngineOptions, EngineState
+from extract.engines.start import run_engine
 from extract.index import index_folder
-from extract.job import Job
+from extract.jobs.job import Job
+from extract.jobs.session import WorkerState
 from extract.plan import make_plan, open_job
 from extract.run import extract, worker_config
-from extract.session import WorkerState
 from tests.media import write_clip
 from tests.slurm import Slurm, slurm, slurm_server, wait_until
 

@@ -19,10 +19,9 @@ from cache.spec import TokenSpec
 from cache.storage import LocalStorage
 from cache.store import TokenStore
 from extract.failures import Evidence
-from extract.job import Job, PlanDocument, PlannedUnit, Receipt, ReceiptFailure
-from extract.lease import receipt_key
-from extract.plan import unique_labels
-from extract.session import (
+from extract.jobs.job import Job, PlanDocument, PlannedUnit, Receipt, ReceiptFailure
+from extract.jobs.lease import receipt_key
+from extract.jobs.session import (
     StageSeconds,
     WorkerState,
     encode,
@@ -30,6 +29,7 @@ from extract.session import (
     process_started,
     worker_key,
 )
+from extract.plan import unique_labels
 from extract.summary import JobSummary, Throughput, Watch, _throughput, find_failures, summarise
 from tests.conftest import key_of
 

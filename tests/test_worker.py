@@ -26,18 +26,18 @@ from cache.spec import TokenSpec
 from cache.store import TokenStore
 from extract.calibrate import calibrate
 from extract.config import WorkerConfig
-from extract.drain import drain_all
 from extract.encoders.bank import EncoderBank, EncoderInput
 from extract.failures import Failure
 from extract.index import index_folder
-from extract.job import Job
-from extract.lease import Claim
+from extract.jobs.job import Job
+from extract.jobs.lease import Claim
+from extract.jobs.session import WorkerSession, WorkerState
 from extract.plan import make_plan, open_job
 from extract.run import extract, new_session, worker_config
-from extract.session import WorkerSession, WorkerState
 from extract.sources import check_media, open_source
-from extract.unit import UnitWork, tokens_per_clip
-from extract.worker import work
+from extract.workers.drain import drain_all
+from extract.workers.unit import UnitWork, tokens_per_clip
+from extract.workers.worker import work
 from tests.media import write_clip, write_wav
 
 N_CLIPS = 10
@@ -237,7 +237,7 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from extract.encoders.bank import EncoderBank
-from extract.worker import work
+from extract.workers.worker import work
 encode, n = EncoderBank.encode, 0
 def deadly(self, spec, given):
     global n

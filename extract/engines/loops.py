@@ -22,8 +22,8 @@ from distributed.utils import sync
 from cache import errors
 from cache.errors import EmocacheError, EncoderError
 from cache.schema import Model, decode_json
-from extract import drain
 from extract.config import WorkerConfig
+from extract.workers import drain
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -82,8 +82,8 @@ def run_loop(config_json: str, walltime_s: float | None, rank_by_name: bool) -> 
     let_worker_drain()
     rank = int(get_worker().name) if rank_by_name else 0
     try:
-        from extract import worker
-        from extract.session import WorkerState
+        from extract.jobs.session import WorkerState
+        from extract.workers import worker
 
         answer = worker.work(config.model_dump_json(), rank)
         state = decode_json(WorkerState, answer, "the worker's answer")

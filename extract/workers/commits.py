@@ -11,7 +11,7 @@ from typing import Self
 
 from cache.commit import Commit
 from cache.store import TokenStore
-from extract.unit import Chunk, Clock, UnitWork
+from extract.workers.unit import Chunk, Clock, UnitWork
 
 _WAITING = 4
 """Shards that may wait to be written; more would only fill memory while the disk is slow."""

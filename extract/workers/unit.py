@@ -17,9 +17,9 @@ from cache.encoders import SoundEncoder, VideoMaeEncoder
 from cache.layout import CLIPS_PER_SHARD
 from cache.spec import Stream, TokenSpec
 from extract.failures import kind_of
-from extract.job import ReceiptFailure
-from extract.lease import Claim
-from extract.session import StageSeconds
+from extract.jobs.job import ReceiptFailure
+from extract.jobs.lease import Claim
+from extract.jobs.session import StageSeconds
 
 
 def tokens_per_clip(spec: TokenSpec) -> int:

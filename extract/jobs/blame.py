@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from cache.clip import Record
 from extract.decode_pool import DecodeFailure
 from extract.failures import Evidence, Failure
-from extract.job import Job
-from extract.lease import Claim
-from extract.session import WorkerState
+from extract.jobs.job import Job
+from extract.jobs.lease import Claim
+from extract.jobs.session import WorkerState
 
 ALONE_AFTER = 2
 """Deaths with a clip in the encoder after which it is encoded alone. Not the first: the same batch

@@ -21,7 +21,7 @@ from cache.index import in_parallel
 from cache.schema import Model
 from cache.spec import TokenSpec
 from cache.storage import Storage, exists
-from extract.session import (
+from extract.jobs.session import (
     Sighting,
     WorkerSession,
     WorkerState,

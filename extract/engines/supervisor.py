@@ -19,13 +19,13 @@ from distributed import Client, Future
 
 from cache.errors import EmocacheError, ExtractionStopped, StoreError
 from cache.schema import decode_json
-from extract.clusters import Fleet, open_fleet
 from extract.config import WorkerConfig
-from extract.engines import BATCH_KINDS, TICK_S, EngineOptions, EngineState, log_note
-from extract.job import Job
-from extract.job_scripts import dask_settings
-from extract.loops import LoopEnd, drain_loops, identity, leave, run_loop
-from extract.surroundings import Interrupts, environment_kept, quiet
+from extract.engines.clusters import Fleet, open_fleet
+from extract.engines.job_scripts import dask_settings
+from extract.engines.loops import LoopEnd, drain_loops, identity, leave, run_loop
+from extract.engines.options import BATCH_KINDS, TICK_S, EngineOptions, EngineState, log_note
+from extract.engines.surroundings import Interrupts, environment_kept, quiet
+from extract.jobs.job import Job
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def supervise(
     job: Job,
     on_tick: Callable[[EngineState], None],
 ) -> EngineState:
-    """Do `extract.engines.run_engine` for an engine of Dask's."""
+    """Do `extract.engines.start.run_engine` for an engine of Dask's."""
     settings = dask_settings(options.worker_ttl_s)
     settings["distributed.nanny.pre-spawn-environ"] = {}
     with ExitStack() as stack:
@@ -216,7 +216,7 @@ class _Supervisor:
         def can_load() -> bool:  # travels as it is, for want of a module to find it in
             from importlib.util import find_spec
 
-            return find_spec("extract.loops") is not None
+            return find_spec("extract.engines.loops") is not None
 
         new = sorted(workers - self._fit - set(self._unfit))
         if not new:

@@ -15,8 +15,8 @@ import dask.config
 from dask.utils import format_bytes
 
 from cache.errors import MissingDependencyError, SchemaError
-from extract.engines import BATCH_KINDS, MARGIN_S, EngineOptions
-from extract.loops import JOB_STARTED
+from extract.engines.loops import JOB_STARTED
+from extract.engines.options import BATCH_KINDS, MARGIN_S, EngineOptions
 
 NAME = "emocache"
 """Of the jobs, as the queue shows them."""

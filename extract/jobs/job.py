@@ -8,10 +8,10 @@ the commit records alone say, and a job's folder may be removed at any time when
 ::
 
     jobs/<job_id>/<generation>/plan.json                        create-once: the units
-                               leases/<unit>.<attempt>          create-once: see `extract.lease`
+                               leases/<unit>.<attempt>          create-once: see `extract.jobs.lease`
                                receipts/<unit>.json             create-once: the unit is done
                                receipts/<unit>.part-<worker_id>-<attempt>.json   it is partly done
-                               workers/<worker_id>.json         see `extract.session`
+                               workers/<worker_id>.json         see `extract.jobs.session`
                                strikes/<key>.<worker_id>        create-once: the worker died encoding it
                                stops/<session>                  create-once: its workers shall end
                                evidence/<key>.json              why a clip failed
@@ -41,8 +41,8 @@ from cache.schema import Model, canonical_json
 from cache.spec import Stream, TokenSpec
 from cache.storage import Storage, exists
 from extract.failures import Evidence, FailureKind
-from extract.lease import Claim, Leases, done_units, receipt_key, receipt_names
-from extract.session import (
+from extract.jobs.lease import Claim, Leases, done_units, receipt_key, receipt_names
+from extract.jobs.session import (
     LEASE_TIMEOUT_S,
     Note,
     Sighting,

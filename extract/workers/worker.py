@@ -22,22 +22,22 @@ from cache.manifest import read_manifest
 from cache.schema import decode_json
 from cache.spec import TokenSpec
 from cache.store import TokenStore
-from extract import blame
-from extract.commits import Committer
 from extract.config import WorkerConfig
 from extract.decode_pool import DecodeFailure, DecodeJob, DecodePool, Prepared
-from extract.drain import Drain, after, on_signals, registered
 from extract.encoders.bank import EncoderBank
-from extract.encoding import EncodingStage
 from extract.failures import Failure, FailureRate, kind_of
 from extract.inputs import InputRequest, all_failed, request_of
-from extract.job import Job
-from extract.ledger import Ledger
+from extract.jobs import blame
+from extract.jobs.job import Job
+from extract.jobs.session import WorkerSession, WorkerState
 from extract.plan import unique_labels
-from extract.session import WorkerSession, WorkerState
 from extract.sources import MediaSource, open_source
-from extract.unit import Clock, UnitWork
-from extract.worker_log import log_file, log_path
+from extract.workers.commits import Committer
+from extract.workers.drain import Drain, after, on_signals, registered
+from extract.workers.encoding import EncodingStage
+from extract.workers.ledger import Ledger
+from extract.workers.log import log_file, log_path
+from extract.workers.unit import Clock, UnitWork
 
 Requests = tuple[InputRequest, ...]
 logger = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from cache.spec import TokenSpec
 from extract.encoders.bank import EncoderBank, EncoderInput
 from extract.failures import FailureRate
 from extract.inputs import ClipInputs, StreamInput
-from extract.results import encoded, encoder_input, is_cut, unencoded
-from extract.session import WorkerSession
-from extract.unit import Batch, Clock, UnitWork
+from extract.jobs.session import WorkerSession
+from extract.workers.results import encoded, encoder_input, is_cut, unencoded
+from extract.workers.unit import Batch, Clock, UnitWork
 
 logger = logging.getLogger(__name__)
 

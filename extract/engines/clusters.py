@@ -26,8 +26,8 @@ from distributed import Adaptive, Client, LocalCluster, Security
 from distributed.deploy.spec import ProcessInterface
 
 from cache.errors import ExtractionStopped
-from extract.engines import EngineOptions
-from extract.job_scripts import NAME, job_class, job_options, walltime_of
+from extract.engines.job_scripts import NAME, job_class, job_options, walltime_of
+from extract.engines.options import EngineOptions
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """Where an extraction runs: in this process, in processes of this machine, on a cluster.
 
-Every engine does the same: it starts worker loops (`extract.worker.work`) and watches over them. Which
-clips a loop encodes is settled between the loops, through leases in the store. So engines can be mixed,
-changed in mid-run and killed, and losing a worker costs the batch that it had in hand.
+Every engine does the same: it starts worker loops (`extract.workers.worker.work`) and watches over
+them. Which clips a loop encodes is settled between the loops, through leases in the store. So engines
+can be mixed, changed in mid-run and killed, and losing a worker costs the batch that it had in hand.
 """
 
 from __future__ import annotations
@@ -10,92 +10,27 @@ from __future__ import annotations
 import statistics
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
-
-from pydantic import Field, model_validator
+from typing import TYPE_CHECKING, Any
 
 from cache.errors import MissingDependencyError, SchemaError
-from cache.schema import Model, decode_json
+from cache.schema import decode_json
 from extract.config import WorkerConfig, n_cores
+from extract.engines.options import (
+    BATCH_KINDS,
+    MARGIN_S,
+    TICK_S,
+    EngineOptions,
+    EngineState,
+    log_note,
+)
 
 if TYPE_CHECKING:
-    from extract.job import Job
+    from extract.jobs.job import Job
 
-EngineKind = Literal["inline", "local", "dask", "slurm", "pbs", "sge", "lsf", "oar", "htcondor"]
-BATCH_KINDS = frozenset({"slurm", "pbs", "sge", "lsf", "oar", "htcondor"})
-"""Engines that submit jobs to a batch system."""
-
-MARGIN_S = 120.0
-"""Time before its walltime at which a worker takes no more clips and commits what it has."""
-TICK_S = 1.0
 _UNIT_S = 60.0
 """Guess for the time of a unit while none is done."""
-
-
-class EngineOptions(Model):
-    """What `emocache extract --engine` takes."""
-
-    kind: EngineKind = "inline"
-    workers: int = Field(default=1, ge=1)
-    min_workers: int | None = Field(default=None, ge=1)
-    """Fewer workers are enough when less work is left; None: always `workers`."""
-    scheduler: str | None = None
-    """Address of a running Dask scheduler, for kind `dask`."""
-    walltime_s: float | None = Field(default=None, gt=0)
-    """Of each job; None: what the user's dask-jobqueue is configured to."""
-    gpus_per_worker: int = Field(default=0, ge=0)
-    cpus_per_worker: int = Field(default=1, ge=1)
-    memory_bytes: int | None = Field(default=None, gt=0)
-    """Of each job; None: the batch system's default."""
-    queue: str | None = None
-    account: str | None = None
-    job_extra: tuple[str, ...] = ()
-    """Further directives of the job script, without `#SBATCH`."""
-    prologue: tuple[str, ...] = ()
-    """Lines of the job script ahead of the worker."""
-    start_timeout_s: float = Field(default=600.0, gt=0)
-    """Longest wait for a first worker, and for a lost scheduler."""
-    log_dir: Path | None = None
-    worker_ttl_s: float = Field(default=120.0, gt=0)
-    """Silence after which Dask takes a worker for lost."""
-
-    @property
-    def least_workers(self) -> int:
-        """`min_workers`, or its default."""
-        return self.workers if self.min_workers is None else self.min_workers
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.least_workers > self.workers:
-            raise ValueError(f"--min-workers {self.min_workers} exceeds --workers {self.workers}")
-        if (self.scheduler is None) == (self.kind == "dask"):
-            need = "needs" if self.kind == "dask" else "takes no"
-            raise ValueError(f"--engine {self.kind} {need} --scheduler ADDRESS")
-        if self.kind == "inline" and self.workers > 1:
-            raise ValueError(f"--engine inline is one worker, got --workers {self.workers}")
-        if self.kind not in BATCH_KINDS:
-            for name in ("queue", "account", "job_extra", "prologue", "walltime_s"):
-                if getattr(self, name):
-                    flag = name.removesuffix("_s").replace("_", "-")
-                    raise ValueError(f"--engine {self.kind} submits no jobs, so takes no --{flag}")
-        return self
-
-
-@dataclass(frozen=True)
-class EngineState:
-    """How an engine is doing."""
-
-    kind: EngineKind
-    n_workers: int
-    n_wanted: int
-    dashboard_link: str | None = None
-    notes: tuple[str, ...] = ()
-    """Lines for the user: where logs are, what is amiss."""
-    is_stopping: bool = False
-    """Somebody asked to stop, and the work was or is not done."""
 
 
 def job_script(options: EngineOptions, config: WorkerConfig) -> str:
@@ -109,7 +44,7 @@ def job_script(options: EngineOptions, config: WorkerConfig) -> str:
             f"--engine {options.kind} submits no jobs. Engines that do: {', '.join(sorted(BATCH_KINDS))}"
         )
     _need_dask(options)
-    from extract import job_scripts
+    from extract.engines import job_scripts
 
     return job_scripts.job_script(_with_logs(options, config), config.session)
 
@@ -147,7 +82,7 @@ def run_engine(
     config = _for_workers(options, config, walltime_s)
     if options.kind == "inline":
         return _run_inline(options, config, on_tick)
-    from extract.supervisor import supervise
+    from extract.engines.supervisor import supervise
 
     return supervise(options, config, job, on_tick)
 
@@ -177,7 +112,7 @@ def _need_dask(options: EngineOptions) -> None:
 def _walltime_s(options: EngineOptions) -> float | None:
     if options.kind not in BATCH_KINDS:
         return None
-    from extract.job_scripts import walltime_of
+    from extract.engines.job_scripts import walltime_of
 
     return walltime_of(options)
 
@@ -235,22 +170,14 @@ def _for_workers(
     return config.model_copy(update=changes)
 
 
-def log_note(options: EngineOptions, session: str) -> str | None:
-    """Return the line that tells where logs are, if there are any."""
-    if options.log_dir is None:
-        return None
-    files = "*" if options.kind in BATCH_KINDS else f"{session}-*.log"
-    return f"logs: tail -F {options.log_dir}/{files}"
-
-
 # ---------------------------------------------------------------------------- inline
 
 
 def _run_inline(
     options: EngineOptions, config: WorkerConfig, on_tick: Callable[[EngineState], None]
 ) -> EngineState:
-    from extract import worker
-    from extract.session import WorkerState
+    from extract.jobs.session import WorkerState
+    from extract.workers import worker
 
     log = log_note(options, config.session)
     state = EngineState("inline", 1, 1, notes=(log,) if log else ())

@@ -10,12 +10,12 @@ from cache.commit import ClipTokens, Status
 from cache.errors import StoreError
 from cache.spec import TokenSpec
 from cache.store import TokenStore
-from extract.commits import Committer
 from extract.encoders.bank import EncoderBank
 from extract.failures import TRANSIENT, kind_of
-from extract.job import Job, Receipt
-from extract.session import WorkerSession
-from extract.unit import Chunk, UnitWork
+from extract.jobs.job import Job, Receipt
+from extract.jobs.session import WorkerSession
+from extract.workers.commits import Committer
+from extract.workers.unit import Chunk, UnitWork
 
 logger = logging.getLogger(__name__)
 

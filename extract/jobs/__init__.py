@@ -1,0 +1,1 @@
+"""One plan, shared by any number of workers through the store."""

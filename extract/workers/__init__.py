@@ -1,0 +1,1 @@
+"""One worker: from a claimed unit to committed tokens."""
