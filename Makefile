@@ -33,7 +33,8 @@ layers: $(INSTALLED)
 	$(BIN)/lint-imports
 
 pytest: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m 'not cluster'
+	$(BIN)/python -m pytest -n 2 -m cluster
 
 full-size: $(INSTALLED)
 	$(BIN)/python benchmarks/full_size.py

@@ -8,9 +8,9 @@ slow, some are killed. Printed for each number of clips, of workers, and unit si
 done twice, waiting for the store, the last percent, cost. docs/cluster_model.md says what is measured,
 published or assumed, and what is left out.
 
-How detailed it is: up to 20,000 clips each clip's cost is drawn. Above, that of a shard, from the
-distribution of the sum; and far from the end of a run a worker takes several units in one event, at
-most a quarter of its share of what is left.
+How detailed it is: up to 20,000 clips each clip's cost is drawn. Above, that of a shard is, with the
+mean and variance of sampled shards; and far from the end of a run a worker takes several units in
+one event, at most a quarter of its share of what is left.
 
 `--costs` reads what was measured, a JSON document of the model `Costs`.
 """
@@ -222,7 +222,10 @@ BUCKET: Final = Store(
 
 
 class Design(Model):
-    """How workers use the store; the defaults are what the code does."""
+    """How workers use the store; the defaults are what the code did when this was written.
+
+    Since then it lists shard numbers and looks up retaken units only.
+    """
 
     shard_numbers: Literal["walk", "listed"] = "walk"
     """`walk`: from its own last number on, a writer tries one after the other (`UnitWriter._claim`);
@@ -1516,13 +1519,13 @@ def draw_efficiency(axes: Axes, costs: Costs, seed: int) -> None:
         if alpha == 1.0:
             axes.annotate(
                 "amended" if is_amended else "the code as it is", (PLOT_WORKERS[0], values[0]),
-                xytext=(0, 9), color=colour, **offset,
+                xytext=(0, 14 if is_amended else 9), color=colour, **offset,
             )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(PLOT_WORKERS, [str(n) for n in PLOT_WORKERS])
     axes.minorticks_off()
     axes.set_xlim(0.55, PLOT_WORKERS[-1] * 1.1)
-    axes.set_ylim(0, 108)
+    axes.set_ylim(0, 110)
     axes.set_yticks(range(0, 101, 20))
     axes.set_xlabel("workers")
     axes.set_ylabel("efficiency [%]")
@@ -1554,7 +1557,7 @@ def draw_repeated(axes: Axes, tables: Mapping[str, Sequence[Row]]) -> None:
         axes.annotate(
             name,
             (sizes[-1], values[-1]),
-            xytext=(0, -14 if is_warned else 7),
+            xytext=(60 if is_cpu else 0, 7),
             color=colour,
             ha="right",
             **offset,

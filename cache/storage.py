@@ -225,6 +225,11 @@ def on_network(path: Path) -> bool:
     return kind in _NETWORK or kind.startswith("fuse")
 
 
+def is_quick(storage: Storage) -> bool:
+    """True for a disk of this machine: requests take no time to speak of."""
+    return isinstance(storage, LocalStorage) and not on_network(storage.root)
+
+
 def free_memory_bytes() -> float:
     """Return the memory that this machine could still give; infinity if the system does not tell."""
     try:

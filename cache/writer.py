@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import socket
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,9 +35,9 @@ from cache.errors import CorruptTokensError, StoreError
 from cache.index import read_index
 from cache.layout import CLIPS_PER_SHARD, ArrayPlan, Compression
 from cache.quantize import Quantized, quantize
-from cache.shards import Shard, Values, crc32c, encode_chunk, encode_shard
+from cache.shards import Access, Shard, Values, crc32c, encode_chunk, encode_shard
 from cache.spec import TokenSpec
-from cache.storage import LocalStorage, Storage, on_network
+from cache.storage import Storage, is_quick
 
 _INFINITY_BITS = {"float16": 0x7C00, "bfloat16": 0x7F80}
 _GROWTH = 7
@@ -176,12 +177,15 @@ class UnitWriter:
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        shard = self._next_claim or self._n_claimed()
+        shard, n_refused = self._next_claim or self._n_claimed(), 0
         # Not synced: should a power cut lose the claim of a committed shard, `_n_claimed` notices.
         while not self.storage.create(
             f"{folder}/{shard:08d}", json.dumps(note).encode(), durable=False
         ):
-            shard += 1
+            # Others took this number and, likely, those behind it: go past the last one. By a chance
+            # distance, which grows, because others do so too; numbers that are left out cost nothing.
+            n_refused += 1
+            shard = max(shard + 1, self._n_claimed()) + random.randrange(2 ** min(n_refused - 1, 6))
         self._next_claim = shard + 1
         return shard
 
@@ -283,8 +287,8 @@ class UnitWriter:
 
     def _read_back(self, key: str, plan: ArrayPlan, entries: Sequence[Entry]) -> None:
         """Compare what stands in the storage with what was meant, clip by clip."""
-        mapped = isinstance(self.storage, LocalStorage) and not on_network(self.storage.root)
-        shard = Shard(self.storage, key, plan, access="map" if mapped else "read")
+        access: Access = "map" if is_quick(self.storage) else "read"
+        shard = Shard(self.storage, key, plan, access=access)
         for place, entry in enumerate(entries):
             if entry.crc32c is None:
                 continue

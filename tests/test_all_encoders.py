@@ -27,7 +27,7 @@ from tests.slurm import Slurm, slurm, slurm_server, wait_until
 
 __all__ = ["slurm", "slurm_server"]
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.cluster]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -518,6 +518,20 @@ def test_the_program_prints_saves_and_prices(
     assert f"{2.5 * hours:.3g}" in printed
 
 
+def test_the_plot_of_equal_runs_is_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(model, "PLOT_CLIPS", 2000)
+    monkeypatch.setattr(model, "PLOT_WORKERS", (1, 2))
+    killed = [case for case in model.cases(None, (2000,), (64,)) if "killed" in case.title]
+    tables = {case.title: model.run_case(case, seed=0) for case in killed}
+    for name in ("a.svg", "b.svg"):
+        model.plot(tmp_path / name, model.GPU, tables, seed=0)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+
+
 def test_the_program_says_what_is_wrong_with_its_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,6 +51,8 @@ from tests.media import write_clip
 from tests.slurm import wait_until
 
 Loop = Callable[[str, float | None, bool], str]
+pytestmark = pytest.mark.cluster
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 JOB_ID = "0123456789abcdef"
 

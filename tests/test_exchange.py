@@ -478,7 +478,8 @@ class TestStrangers:
             assert file.attrs["format"] == b"emocache-hdf5"
             for spec in specs.values():
                 group = file[f"{spec.stream}-{spec.spec_id}"]
-                assert json.loads(group.attrs["spec"]) == spec.model_dump(mode="json")
+                assert TokenSpec.model_validate_json(group.attrs["spec"]) == spec
+                assert json.loads(group.attrs["spec"]) == json.loads(spec.canonical_json())
                 rows = {key: i for i, key in enumerate(group["clip"][:].astype(str).tolist())}
                 for name in "abc":
                     row = rows[key_of(name)]

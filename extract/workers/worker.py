@@ -21,6 +21,7 @@ from cache.errors import EmocacheError, ManifestError
 from cache.manifest import read_manifest
 from cache.schema import decode_json
 from cache.spec import TokenSpec
+from cache.storage import is_quick
 from cache.store import TokenStore
 from extract.config import WorkerConfig
 from extract.decode_pool import DecodeFailure, DecodeJob, DecodePool, Prepared
@@ -286,6 +287,11 @@ class _Worker:
         if claim is None:
             return None
         records = [self._records[row] for row in claim.rows]
+        if claim.attempt or is_quick(self._store.storage):
+            # Only a unit that somebody held before can be committed in part. That others commit the
+            # same clips for another job is looked up where it costs little; else they stand there twice.
+            for spec in claim.specs:
+                self._store.catch_up(spec)
         missing = {spec.spec_id: self._missing(spec, records) for spec in claim.specs}
         suspects = blame.suspects(self._job, claim, records)
         unit = UnitWork(claim, records, missing, self._config.tokens_per_batch, suspects.alone)
@@ -299,7 +305,7 @@ class _Worker:
 
     def _missing(self, spec: TokenSpec, records: Sequence[Record]) -> set[str]:
         """Return the keys of records without tokens, or whose failure is to be tried again."""
-        index, retry = self._store.catch_up(spec), self._job.plan.retry
+        index, retry = self._store.index(spec), self._job.plan.retry
         sources = self._store.sources(spec)
         missing = set()
         for record in records:
