@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,15 @@ def _own_cache_home(
 ) -> None:
     """Keep the digest memo of real checkpoints out of the tests."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache-home"))
+
+
+@pytest.fixture(autouse=True)
+def _record_faults(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> None:
+    """Tell the summary which faults a test causes: `@pytest.mark.fault("kill -9 of a worker")`."""
+    for mark in request.node.iter_markers("fault"):
+        record_property("faults", (mark.args[0], 1))
 
 
 def key_of(name: str) -> str:

@@ -467,6 +467,7 @@ def test_a_worker_knows_when_its_job_ends_not_its_process(
 # ---------------------------------------------------------------- processes of this machine
 
 
+@pytest.mark.fault("extraction: SIGTERM of a local worker")
 @pytest.mark.usefixtures("quick")
 def test_local_workers_share_the_units_and_a_terminated_one_gives_its_unit_back(
     tmp_path: Path,
@@ -526,6 +527,7 @@ def test_nobody_else_may_talk_to_our_workers(tmp_path: Path) -> None:
         fleet.close()
 
 
+@pytest.mark.fault("extraction: Ctrl-C, once and twice")
 @pytest.mark.usefixtures("quick")
 def test_ctrl_c_drains_and_a_second_one_ends_it(
     tmp_path: Path, specs: dict[str, TokenSpec], monkeypatch: pytest.MonkeyPatch
@@ -611,6 +613,7 @@ def test_a_worker_without_work_is_given_back_where_fewer_are_enough(
     assert len(started(job)) == 3, "the busy one was left alone"
 
 
+@pytest.mark.fault("extraction: walltime over")
 @pytest.mark.usefixtures("quick")
 def test_a_worker_whose_walltime_is_over_is_replaced(
     tmp_path: Path, specs: dict[str, TokenSpec], monkeypatch: pytest.MonkeyPatch
@@ -690,6 +693,7 @@ def worker_of(port: int, *more: str, modules: Path = REPOSITORY) -> Any:
     )  # fmt: skip
 
 
+@pytest.mark.fault("extraction: Dask scheduler restarted")
 @pytest.mark.usefixtures("quick")
 def test_a_restarted_scheduler_is_found_again_and_lacking_workers_are_told_of(
     tmp_path: Path, specs: dict[str, TokenSpec], monkeypatch: pytest.MonkeyPatch
@@ -869,6 +873,8 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, Pat
     return folder, manifest, path
 
 
+@pytest.mark.fault("extraction: kill -9 of a local worker")
+@pytest.mark.fault("extraction: SIGSTOP of a local worker")
 def test_killed_and_stopped_workers_lose_nothing_and_change_no_byte(
     tmp_path: Path, media: tuple[Path, Manifest, Path], bank: EncoderBank
 ) -> None:

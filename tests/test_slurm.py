@@ -161,6 +161,7 @@ def run_time_s(detail: dict[str, str]) -> int:
     return 60 * (60 * hours + minutes) + seconds
 
 
+@pytest.mark.fault("Slurm: scancel in mid-unit")
 def test_the_engine_replaces_a_cancelled_job(
     run: Run, slurm: Slurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +204,8 @@ def test_the_engine_replaces_a_cancelled_job(
     assert any(name.endswith(".err") for name in names)
 
 
+@pytest.mark.fault("Slurm: requeue")
+@pytest.mark.fault("Slurm: node down")
 def test_an_array_survives_requeueing_and_the_loss_of_a_node(run: Run, slurm: Slurm) -> None:
     array = slurm.submit(run.worker_script(decoding_s=4.0), "--array=0-1")
     tasks = f"{array}_0", f"{array}_1"
@@ -221,6 +224,7 @@ def test_an_array_survives_requeueing_and_the_loss_of_a_node(run: Run, slurm: Sl
     assert "SIGTERM" in [state.end_reason for state in run.workers()]
 
 
+@pytest.mark.fault("Slurm: walltime signal, two jobs on one store")
 def test_two_jobs_on_one_store_end_ahead_of_their_walltime_and_a_third_goes_on(
     run: Run, slurm: Slurm
 ) -> None:
@@ -244,6 +248,7 @@ def test_two_jobs_on_one_store_end_ahead_of_their_walltime_and_a_third_goes_on(
     run.assert_complete()
 
 
+@pytest.mark.fault("Slurm: kill -9 of the engine")
 def test_jobs_end_by_themselves_when_the_engine_is_killed(run: Run, slurm: Slurm) -> None:
     """The command line with `--engine slurm`, on a login node that goes down."""
     command = [

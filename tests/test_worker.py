@@ -265,6 +265,7 @@ def die_in_encoder(prepared: Prepared, tmp_path: Path, at_batch: int, **options:
     assert found.returncode == -signal.SIGKILL, found.stderr
 
 
+@pytest.mark.fault("extraction: kill -9 in the encoder")
 def test_a_killed_worker_costs_nothing_but_its_batch(
     manifest: Manifest,
     bank: EncoderBank,
@@ -279,6 +280,7 @@ def test_a_killed_worker_costs_nothing_but_its_batch(
     assert not any(receipt.failures for receipt in prepared.job.receipts())
 
 
+@pytest.mark.fault("extraction: clip that kills every worker")
 def test_a_clip_that_kills_every_worker_is_found_and_the_innocent_are_not_blamed(
     manifest: Manifest, bank: EncoderBank, folder: Path, tmp_path: Path
 ) -> None:
@@ -333,6 +335,7 @@ def test_a_clip_that_kills_every_worker_is_found_and_the_innocent_are_not_blamed
 # ---------------------------------------------------------------- too many failures
 
 
+@pytest.mark.fault("extraction: lost mount")
 def test_a_lost_disk_stops_the_run_and_nothing_is_recorded_as_failed(
     bank: EncoderBank, tmp_path: Path
 ) -> None:

@@ -162,7 +162,7 @@ def storage_errors(storage: Storage, action: str) -> Iterator[None]:
     except OSError as error:
         raise StoreError(
             f"{storage.url}: the job's files cannot be {action} ({error.strerror or error}). Everything "
-            "committed stays; check the storage and run the same command again."
+            "committed stays; free space or mend the storage, and run the same command again."
         ) from error
 
 
