@@ -108,5 +108,17 @@ class EncodingStage:
             self.n_failed += clip.status is Status.FAILED
             self._settle(unit, spec, position, clip)
         self._session.update(
-            encoding=(), n_clips=self.n_clips, n_failed=self.n_failed, seconds=self._clock.told()
+            encoding=(),
+            n_clips=self.n_clips,
+            n_failed=self.n_failed,
+            seconds=self._clock.told(),
+            gpu_busy=self._gpu_busy(),
         )
+
+    def _gpu_busy(self) -> float | None:
+        """Return the share of this worker's life in which its GPU encoded; None without one."""
+        worker = self._session.state
+        if not worker.device.startswith("cuda"):
+            return None
+        lived_s = time.time() - worker.started_s
+        return min(1.0, sum(self._clock.encode_s.values()) / lived_s) if lived_s > 0 else None
