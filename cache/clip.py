@@ -45,6 +45,10 @@ class Record(Model):
     """Native name in the manifest's label space."""
     description: str | None = None
     """The multimodal explanation that reasoning is trained on."""
+    audio_description: str | None = None
+    """What is heard: the tone of voice, above all."""
+    image_description: str | None = None
+    """What is seen in one frame, the peak or the middle one."""
     peak_index: int | None = Field(default=None, ge=0)
     """Frame of strongest expression, counted in decoded frames."""
 

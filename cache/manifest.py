@@ -44,8 +44,12 @@ _SCHEMA = pa.schema(
         ("label", pa.string()),
         ("description", pa.string()),
         ("peak_index", pa.int64()),
+        ("audio_description", pa.string()),
+        ("image_description", pa.string()),
     ]
 )
+# Manifests of earlier releases have no such columns; a file without them reads as one with nulls.
+_LATER_COLUMNS = ("audio_description", "image_description")
 
 
 class Header(Model):
@@ -153,7 +157,8 @@ def read_manifest(path: Path) -> Manifest:
             "metadata). Create one with: emocache index DIR --out FILE"
         )
     header = decode_json(Header, metadata[_METADATA_KEY], f"{path}, header")
-    missing = [name for name in _SCHEMA.names if name not in table.column_names]
+    needed = [name for name in _SCHEMA.names if name not in _LATER_COLUMNS]
+    missing = [name for name in needed if name not in table.column_names]
     if missing:
         raise ManifestError(
             f"{path}: missing column {', '.join(missing)}; found {', '.join(table.column_names)}. "

@@ -24,7 +24,8 @@ MEDIA_SUFFIXES = frozenset(
 )
 """What a folder is searched for, in any case; a labels table may name other files."""
 
-COLUMNS = ("file", "uid", "label", "subtitle", "split", "description", "peak_index")
+_TEXTS = ("subtitle", "description", "audio_description", "image_description")
+COLUMNS = ("file", "uid", "label", "split", *_TEXTS, "peak_index")
 """Columns of a labels table. `file` or `uid` says which clip a row is about."""
 
 
@@ -217,10 +218,9 @@ def _record(
             "media": PurePosixPath(row["file"]).as_posix(),
             "clip": clip,
             "split": row.get("split") or None,
-            "subtitle": row.get("subtitle") or None,
             "label": label,
-            "description": row.get("description") or None,
             "peak_index": row.get("peak_index") or None,
+            **{name: row.get(name) or None for name in _TEXTS},
         },
         where,
     )

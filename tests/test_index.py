@@ -54,16 +54,18 @@ def test_a_folder_becomes_records_and_equal_bytes_are_one_clip(
 def test_a_table_brings_labels_subtitles_and_splits(folder: Path, tmp_path: Path) -> None:
     labels = table(
         tmp_path,
-        "file,label,subtitle,split,description,peak_index\n"
-        'a.mp4,Happy,"Well, yes.",train,She smiles.,3\n'
-        "day1/b.mp4,sad,,test,,\n",
+        "file,label,subtitle,split,description,peak_index,audio_description,image_description\n"
+        'a.mp4,Happy,"Well, yes.",train,She smiles.,3,A bright voice.,A broad smile.\n'
+        "day1/b.mp4,sad,,test,,,,\n",
     )
     manifest, _ = index_folder(folder, tmp_path / "c.parquet", labels_csv=labels)
     a, b = manifest.records
     assert (a.label, a.subtitle, a.split, a.description, a.peak_index) == (
         "happy", "Well, yes.", "train", "She smiles.", 3,
     )  # fmt: skip
+    assert (a.audio_description, a.image_description) == ("A bright voice.", "A broad smile.")
     assert (b.label, b.subtitle, b.description, b.peak_index) == ("sad", None, None, None)
+    assert (b.audio_description, b.image_description) == (None, None)
     assert manifest.header.label_space is not None
     assert manifest.header.label_space.labels == ("happy", "sad")
 
@@ -147,6 +149,8 @@ EXAMPLE: dict[str, Any] = {
     "label": "surprise",
     "description": None,
     "peak_index": 12,
+    "audio_description": "A puzzled voice that rises.",
+    "image_description": None,
 }
 
 
@@ -164,6 +168,27 @@ def test_a_hand_written_parquet_is_read(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "m.parquet")
     assert manifest.records[0] == decode(Record, EXAMPLE, "example")
     assert media_root(manifest, tmp_path / "m.parquet") == (tmp_path / "media").resolve()
+
+
+@pytest.mark.parametrize("n_left_out", [1, 2])
+def test_a_manifest_without_the_later_columns_reads_as_one_with_nulls(
+    tmp_path: Path, n_left_out: int
+) -> None:
+    later = ("image_description", "audio_description")
+    row = {name: value for name, value in EXAMPLE.items() if name not in later[:n_left_out]}
+    header = {
+        "schema_version": 1,
+        "media_root": ".",
+        "label_space": {"name": "emotion", "labels": ["joy", "surprise"], "aliases": {}},
+    }
+    written = pa.Table.from_pylist([row]).replace_schema_metadata({"emocache": json.dumps(header)})
+    pq.write_table(written, tmp_path / "m.parquet")
+    manifest = read_manifest(tmp_path / "m.parquet")
+    nulls = dict.fromkeys(later[:n_left_out])
+    assert manifest.records == (decode(Record, EXAMPLE | nulls, "example"),)
+    write_manifest(tmp_path / "again.parquet", manifest)
+    assert read_manifest(tmp_path / "again.parquet") == manifest
+    assert set(later) <= set(pq.read_schema(tmp_path / "again.parquet").names)
 
 
 def test_round_trip(tmp_path: Path) -> None:

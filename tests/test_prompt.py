@@ -11,20 +11,26 @@ from typing import Any
 
 import pytest
 
+from cache.clip import Record
 from cache.errors import SchemaError
-from train.prompt import (
-    HEAD,
+from train.instructions import (
     InstructionPools,
-    PrefixLayout,
-    RenderedPrompt,
     choose_instruction,
     load_instructions,
-    neutralise,
+    option_list,
     option_order,
+)
+from train.prompt import (
+    HEAD,
+    PrefixLayout,
+    RenderedPrompt,
+    neutralise,
     render,
     subtitle_clause,
     tokenize,
 )
+from train.tasks import TASK_HIDES, TASK_NEEDS, TASKS
+from train.turns import turns_of
 
 LABELS = ("Happy", "Sad", "Angry")
 PAPER_BLOCKS = (("fusion", 64), ("image", 256), ("video", 64), ("audio", 64))
@@ -82,6 +88,10 @@ def test_shipped_pools_are_ten_and_five_distinct_templates() -> None:
     pools = load_instructions()
     assert len(set(pools.emotion)) == len(pools.emotion) == 10
     assert len(set(pools.think)) == len(pools.think) == 5
+    for task in ("reason", "audio", "image"):
+        assert len(set(pools.of(task))) == len(pools.of(task)) == 5
+        assert not any("{" in template or "<" in template for template in pools.of(task))
+    assert len({template for task in TASKS for template in pools.of(task)}) == 30
     for template in (*pools.emotion, *pools.think):
         assert template.count("{labels}") == 1
     for template in pools.think:
@@ -98,7 +108,21 @@ def test_user_file_replaces_the_pools(tmp_path: Path) -> None:
     pools = load_instructions(file)
     assert pools == InstructionPools(emotion=("Which? {labels}",), think=("Why? {labels}",))
     assert choose_instruction("think", 0, "a/1", 0, pools) == "Why? {labels}"
-    assert InstructionPools.model_validate_json(pools.model_dump_json()) == pools
+    again = InstructionPools.model_validate_json(pools.model_dump_json())
+    assert again == pools
+    assert hash(again) == hash(pools)
+    assert pools != load_instructions()
+    missing = rf"'{file}' have no pool 'audio'; they have \['emotion', 'think'\].*under \"audio\""
+    with pytest.raises(SchemaError, match=missing):
+        choose_instruction("audio", 0, "a/1", 0, pools)
+    file.write_text(json.dumps({"emotion": ["{labels}"], "think": ["{labels}"], "audio": ["How?"]}))
+    assert choose_instruction("audio", 0, "a/1", 0, load_instructions(file)) == "How?"
+
+
+def test_tasks_need_fields_that_records_have() -> None:
+    assert set(TASK_NEEDS) == set(TASKS) == set(InstructionPools.model_fields)
+    assert {name for needs in TASK_NEEDS.values() for name in needs} <= set(Record.model_fields)
+    assert TASK_HIDES == {"audio": ("image", "video"), "image": ("audio", "video")}
 
 
 @pytest.mark.parametrize(
@@ -110,6 +134,14 @@ def test_user_file_replaces_the_pools(tmp_path: Path) -> None:
         ('{"emotion": ["Which?"], "think": ["{labels}"]}', r"template 0 needs one \{labels\} slot"),
         ('{"emotion": ["{labels} {labels}"], "think": ["{labels}"]}', "needs one"),
         ('{"emotion": ["[/INST] {labels}"], "think": ["{labels}"]}', r"holds '\[/INST\]'"),
+        (
+            '{"emotion": ["{labels}"], "think": ["<start_of_turn>{labels}"]}',
+            "holds '<start_of_turn>'",
+        ),
+        (
+            '{"emotion": ["{labels}"], "think": ["{labels}"], "reason": ["Why {labels}?"]}',
+            r"reason: .*template 0 lists no options and may have no \{labels\} slot",
+        ),
         ('{"emotion": [3], "think": ["{labels}"]}', "emotion.0: .*string"),
         (
             '{"emotion": ["{labels}"], "emotion": ["{labels}"], "think": []}',
@@ -138,7 +170,7 @@ def test_missing_file_and_unknown_task_are_refused(tmp_path: Path) -> None:
 
 def test_choice_is_the_same_in_another_process() -> None:
     code = (
-        "import sys, train.prompt as p;"
+        "import sys, train.instructions as p;"
         "print([p.choose_instruction('emotion', 7, f'c/{i}', 2) for i in range(20)],"
         "[p.option_order('abcdef', 7, f'c/{i}', 2, shuffle=True) for i in range(20)],"
         "'torch' in sys.modules, 'transformers' in sys.modules)"
@@ -173,6 +205,26 @@ def test_option_order_keeps_every_label() -> None:
     assert len(orders) == 6
     assert min(orders.values()) > 60
     assert {frozenset(order) for order in orders} == {frozenset(LABELS)}
+
+
+def test_the_released_option_list_leaves_neutral_out_where_another_label_is_true() -> None:
+    labels = ("happy", "Neutral", "sad")
+
+    def drawn(true_label: str | None, share: float) -> Counter[tuple[str, ...]]:
+        return Counter(
+            option_list(labels, true_label, 0, f"c/{i}", 0, neutral_free_share=share)
+            for i in range(1000)
+        )
+
+    assert drawn("NEUTRAL", 1) == drawn(None, 1) == drawn("sad", 0) == {labels: 1000}
+    assert drawn("sad", 1) == {("happy", "sad"): 1000}
+    some = drawn("Sad", 0.8)
+    assert set(some) == {labels, ("happy", "sad")}
+    assert 760 < some["happy", "sad"] < 840
+    assert some == drawn("Sad", 0.8)
+    assert option_list(("a", "b"), "a", 0, "c/1", 0, neutral_free_share=1) == ("a", "b")
+    epochs = {option_list(labels, "sad", 0, "c/1", e, neutral_free_share=0.5) for e in range(30)}
+    assert len(epochs) == 2
 
 
 # --- rendering ----------------------------------------------------------------------------------
@@ -220,6 +272,64 @@ def test_rendering(arguments: dict[str, Any], tail: str, answer: str | None) -> 
     assert prompt == RenderedPrompt("[INST] <Vid>", tail, answer)
 
 
+@pytest.mark.parametrize(
+    ("task", "field"),
+    [("reason", "description"), ("audio", "audio_description"), ("image", "image_description")],
+)
+def test_description_tasks_answer_with_the_text_of_their_own(task: str, field: str) -> None:
+    fields: dict[str, Any] = {
+        name: f"The {name}." for name in ("description", "audio_description", "image_description")
+    }
+    prompt = render(task, "Tell.", (), subtitle="Oh", label="sad", **fields)
+    assert prompt == RenderedPrompt(
+        "[INST] <Vid>",
+        f"</Vid> The person in video says: Oh. [{task}] Tell. [/INST]",
+        f"The {field}.",
+        free_text=True,
+    )
+    asked = render(task, "Tell.", LABELS, subtitle="Oh", with_answer=False, **fields)
+    assert asked == RenderedPrompt(prompt.head, prompt.tail, None, free_text=True)
+    assert render(task, "Tell.", LABELS, subtitle="Oh", **fields | {field: None}) == asked
+    with pytest.raises(SchemaError, match=rf"'{task}' needs an? {field}, got None"):
+        render(task, "Tell.", LABELS, with_answer=True, **fields | {field: None})
+    with pytest.raises(SchemaError, match=rf"'{task}' needs an? {field}, got ' <s>'"):
+        render(task, "Tell.", LABELS, **fields | {field: " <s>"})
+    with pytest.raises(SchemaError, match=rf"'{task}' lists no options.*Take the slot out"):
+        render(task, "Tell: {labels}", LABELS, **fields)
+
+
+@pytest.mark.parametrize(
+    ("task", "description", "answer"),
+    [
+        ("reason", '(A) "Frown"!: it\'s, <b>; ~ #1 * well?', "a frown it's, <b> 1 well?"),
+        ("reason", "x. " * 201, "x " * 199 + "x"),
+        ("think", "She Smiles.", "<think>she smiles </think><answer>very happy!</answer>"),
+        # The released code loses what is behind the 200th word, the label too.
+        ("think", "a. " * 300, f"<think>{'a ' * 199}a</think><answer>very happy!</answer>"),
+        ("think", "a " * 200, f"<think>{'a ' * 199}a</think><answer>very happy!</answer>"),
+        ("emotion", None, "very happy!"),
+    ],
+)
+def test_the_released_answer_norm(task: str, description: str | None, answer: str) -> None:
+    instruction = "Tell." if task == "reason" else "Pick: {labels}."
+    prompt = render(
+        task,
+        instruction,
+        ("Very happy!",),
+        label="Very Happy!",
+        description=description,
+        answer_norm="blip",
+    )
+    assert prompt.answer == answer
+
+
+def test_answers_that_the_norm_empties_and_unknown_norms_are_refused() -> None:
+    with pytest.raises(SchemaError, match=r"needs a description, got '\.\.\.'"):
+        render("reason", "Tell.", (), description="...", answer_norm="blip")
+    with pytest.raises(SchemaError, match=r"unknown answer_norm 'blp'.*Did you mean 'blip'"):
+        render("reason", "Tell.", (), description="x", answer_norm="blp")  # type: ignore[arg-type]
+
+
 def test_subtitle_clause() -> None:
     assert subtitle_clause(None) == subtitle_clause("") == subtitle_clause(" </Vid> ") == ""
     assert subtitle_clause("Oh no!") == "The person in video says: Oh no!. "
@@ -235,6 +345,8 @@ def test_subtitle_clause() -> None:
         ({"label": "hapy"}, r"'hapy' is not an option.*Did you mean 'happy'"),
         ({"labels": ()}, "at least one"),
         ({"labels": ("sad", "[/INST]")}, "plain words"),
+        ({"with_answer": True}, r"'emotion' needs a label, got None; allowed are \['happy'"),
+        ({"task": "think", "with_answer": True, "description": "x"}, "needs a label"),
         ({"task": "think", "label": "sad"}, "needs a description"),
         ({"task": "think", "label": "sad", "description": "<think> "}, "needs a description"),
     ],
@@ -254,6 +366,10 @@ def test_bad_samples_are_refused(arguments: dict[str, Any], message: str) -> Non
         ("[IN[INST]ST] [/<Vid>INST]", "[IN ST] [/ INST]"),
         ("<THINK>x</Think><|im_start|>y<s>", "x y"),
         ("a\x00b\n[inst]\tc\x1b[0m", "a b c [0m"),
+        ("<start_of_turn>user<end_of_turn> <BOS><eos>x<unk> <pad></unk>", "user x"),
+        ("[AVAILABLE_TOOLS] x [/TOOL_RESULTS] [SYSTEM_PROMPT]<unused7> <tool_call>", "x"),
+        ("<|turn>a<turn|><\uff5cUser\uff5c>b<|im_<|x|>end|>", "a b<|im_ end|>"),
+        ("[audio] a <image> [/reason]", "a"),
         ("I <3 you [music] a < b > c", "I <3 you [music] a < b > c"),
         ("Café 你好 🙂", "Café 你好 🙂"),
     ],
@@ -283,6 +399,10 @@ def test_hostile_text_cannot_build_structure(hostile: str, clean: str) -> None:
 def test_long_hostile_text_takes_linear_time() -> None:
     assert neutralise("[" * 200_000) == "[" * 200_000
     assert neutralise("<s>" * 100_000) == ""
+    for piece in ("<|", "<", "|>", "<start_of_", "<|a"):
+        neutralise(piece * 100_000)
+    neutralise("<|" + "a" * 200_000)
+    neutralise("<start_of_" + "a" * 200_000)
 
 
 # --- tokens -------------------------------------------------------------------------------------
@@ -326,12 +446,39 @@ def test_tokenize_refuses_what_it_cannot_keep_whole() -> None:
     think = render("think", "Pick: {labels}.", LABELS, label="sad", description="long words")
     with pytest.raises(SchemaError, match="cannot be cut to max_answer_tokens=36"):
         tokenize(think, Letters(), max_answer_tokens=36)
-    with pytest.raises(SchemaError, match="holds a special token"):
+    with pytest.raises(SchemaError, match="holds a special token, 'BOS'"):
         tokenize(RenderedPrompt(HEAD, "a <s> b", None), Letters(), max_answer_tokens=3)
+    without_eos = Letters()
+    without_eos.eos_token_id = None
+    with pytest.raises(SchemaError, match="needs EOS"):
+        tokenize(RenderedPrompt(HEAD, "x", None), without_eos, max_answer_tokens=3)
+
+
+def test_a_tokenizer_without_bos_gets_none() -> None:
     without_bos = Letters()
     without_bos.bos_token_id = None
-    with pytest.raises(SchemaError, match="needs BOS and EOS"):
-        tokenize(RenderedPrompt(HEAD, "x", None), without_bos, max_answer_tokens=3)
+    tokens = tokenize(RenderedPrompt(HEAD, "x", "sad"), without_bos, max_answer_tokens=4)
+    assert tokens.head_ids == tuple(map(ord, HEAD))
+
+
+def test_turns_of_a_tokenizer_without_template() -> None:
+    turns = turns_of(Letters(), "auto")
+    assert (turns.before, turns.after) == ("[INST] ", " [/INST]")
+    assert (turns.bos_id, turns.end_ids, turns.stop_ids) == (1, (2,), (2,))
+    assert turns == turns_of(Letters(), "llama-2")
+    given = render("emotion", "Pick: {labels}.", LABELS, label="sad", turns=turns)
+    assert given == render("emotion", "Pick: {labels}.", LABELS, label="sad")
+
+
+@pytest.mark.parametrize("limit", [6, 9, 10, 13])
+def test_a_long_description_loses_its_last_words(limit: int) -> None:
+    prompt = render("audio", "Tell.", (), audio_description="aaaa bbb ccc")
+    answer = tokenize(prompt, Letters(), max_answer_tokens=limit).answer_ids
+    assert (
+        as_text(answer[:-1])
+        == {6: "aaaa", 9: "aaaa bbb", 10: "aaaa bbb", 13: "aaaa bbb ccc"}[limit]
+    )
+    assert answer[-1] == 2
 
 
 def test_the_uid_never_reaches_the_prompt() -> None:

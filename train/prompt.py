@@ -1,70 +1,49 @@
 """The one prompt renderer: training, evaluation and the demo all speak through this file.
 
-A sequence is `BOS | head | prefix tokens | tail | answer | EOS`, where `head` and `tail` are text
-around the splice point and the prefix tokens are embeddings that never become text:
+A sequence is `BOS | head | prefix tokens | tail | answer | end`, where `head` and `tail` are text
+around the splice point and the prefix tokens are embeddings that never become text. With LLaMA-2:
 
     <s> [INST] <Vid> {fusion, image, video, audio} </Vid> {subtitle clause}[{task}] {instruction}
     [/INST] {answer} </s>
 
-The tags are ordinary text; nothing is added to a vocabulary. Subtitles and descriptions are
-foreign text, so control tags are taken out of them before they enter a prompt. A uid only seeds
-choices and never reaches the prompt. Neither torch nor transformers is needed here.
+Another model's own chat template takes the place of `[INST]` and `[/INST]`, see `turns_of`. Our
+tags are ordinary text; nothing is added to a vocabulary. Subtitles and descriptions are foreign
+text: control tags are taken out of them before they enter a prompt, and only the chat template may
+write a special token. A uid only seeds choices and never reaches the prompt. Neither torch nor
+transformers is needed here. docs/prompts.md tells the same in plain words.
 """
 
 from __future__ import annotations
 
 import bisect
 import builtins
-import hashlib
-import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
-
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from typing import Literal, get_args
 
 from cache.errors import SchemaError, near_miss
+from train.instructions import LABELS_SLOT, PIPED, STRUCTURE
+from train.tasks import TASK_NEEDS, TASKS, Task, check_task, unknown
+from train.turns import LLAMA_2, TextTokenizer, Turns, encode, turns_of
 
-Task = Literal["emotion", "think"]
 PromptStyle = Literal["code", "paper"]
-
-TASKS: tuple[Task, ...] = get_args(Task)
-INSTRUCTIONS_FILE = Path(__file__).with_name("instructions.json")
-LABELS_SLOT = "{labels}"
+AnswerNorm = Literal["keep", "blip"]
 HEAD = "[INST] <Vid>"
-
+"""The head with LLaMA-2's turns."""
 # The wording of the released code, and of section 4.1 of the paper.
 _SUBTITLE_SUBJECT: dict[PromptStyle, str] = {
     "code": "The person in video says",
     "paper": "The person in the video says",
 }
-
-# Tags that carry structure: those of the template, those of a reply, the usual special tokens.
-_STRUCTURE = "INST|Vid|VideoHere|SYS|s|pad|unk|bos|eos"
-_STRUCTURE_TAG = re.compile(rf"[<\[]/?(?:{_STRUCTURE})[>\]]|<\|[^<>|\s]*\|>", re.IGNORECASE)
 _CONTROL_TAG = re.compile(
-    rf"[<\[]/?(?:{_STRUCTURE}|think|answer|{'|'.join(TASKS)})[>\]]|<\|[^<>|\s]*\|>", re.IGNORECASE
+    rf"[<\[]/?(?:{STRUCTURE}|think|answer|{'|'.join(TASKS)})[>\]]|{PIPED}", re.IGNORECASE
 )
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_THINK_ANSWER = re.compile(r"<think>(.*)</think>(<answer>.*</answer>)", re.DOTALL)
-
-
-class TextTokenizer(Protocol):
-    """What the renderer needs of a tokenizer; every Hugging Face tokenizer has it."""
-
-    @property
-    def bos_token_id(self) -> Any:
-        """Id of the begin-of-sequence token."""
-
-    @property
-    def eos_token_id(self) -> Any:
-        """Id of the end-of-sequence token."""
-
-    def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, Any]:
-        """Return a mapping whose `input_ids` is a list of ids."""
+_THINK_ANSWER = re.compile(r"(<think>)(.*)(</think><answer>.*</answer>)", re.DOTALL)
+_BLIP_BLANKS = str.maketrans(dict.fromkeys('.!"()*#:;~', " "))
+_BLIP_WORDS = 200
 
 
 @dataclass(frozen=True)
@@ -114,35 +93,6 @@ class PrefixLayout:
         return slice(start, start + self.blocks[at][1])
 
 
-class InstructionPools(BaseModel):
-    """The instruction templates of each task; every one has a `{labels}` slot."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    emotion: tuple[str, ...]
-    """Recognition: the reply is one label."""
-
-    think: tuple[str, ...]
-    """Recognition and reasoning: `<think>` holds the reasoning, `<answer>` the label."""
-
-    @field_validator("emotion", "think")
-    @classmethod
-    def _usable(cls, pool: tuple[str, ...]) -> tuple[str, ...]:
-        if not pool:
-            raise ValueError("the pool is empty; at least one template is needed")
-        for i, template in enumerate(pool):
-            if template.count(LABELS_SLOT) != 1:
-                raise ValueError(f"template {i} needs one {LABELS_SLOT} slot, got {template!r}")
-            if found := _STRUCTURE_TAG.search(template):
-                raise ValueError(f"template {i} holds {found[0]!r}, which the renderer places")
-        return pool
-
-    def of(self, task: str) -> tuple[str, ...]:
-        """Return the templates of a task."""
-        pool: tuple[str, ...] = getattr(self, check_task(task))
-        return pool
-
-
 @dataclass(frozen=True)
 class RenderedPrompt:
     """The text around the prefix tokens."""
@@ -154,7 +104,10 @@ class RenderedPrompt:
     """From the splice point to the end of the instruction."""
 
     answer: str | None
-    """What the model should reply, without EOS; None at inference."""
+    """What the model should reply, without its end; None at inference."""
+
+    free_text: bool = False
+    """True if the whole answer is a description, of which a long one may lose its last words."""
 
 
 @dataclass(frozen=True)
@@ -162,93 +115,22 @@ class PromptTokens:
     """A rendered prompt as token ids; the prefix goes between head and tail."""
 
     head_ids: tuple[int, ...]
-    """BOS and the head."""
+    """BOS, where the model has one, and the head."""
 
     tail_ids: tuple[int, ...]
-    """The tail, no special token."""
+    """The tail; a special token only where the chat template has one."""
 
     answer_ids: tuple[int, ...]
-    """The answer and EOS; empty at inference."""
-
-
-def check_task(task: str) -> Task:
-    """Return the task, or raise a SchemaError that lists the known ones."""
-    for known in TASKS:
-        if task == known:
-            return known
-    raise SchemaError(f"unknown task '{task}'; allowed are {list(TASKS)}.{near_miss(task, TASKS)}")
-
-
-def load_instructions(path: Path | str | None = None) -> InstructionPools:
-    """Read instruction pools from a JSON object `{task: [template, ...]}`.
-
-    Args:
-        path: A user's file; None reads the shipped ten recognition and five reasoning templates.
-
-    Raises:
-        SchemaError: The file is missing or no JSON, a task is unknown, repeated or missing, a
-            pool is empty, or a template has no `{labels}` slot.
-    """
-    file = INSTRUCTIONS_FILE if path is None else Path(path)
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
-        return InstructionPools.model_validate_json(json.dumps(raw))
-    except OSError as error:
-        raise SchemaError(f"cannot read the instructions '{file}': {error.strerror}.") from error
-    except ValidationError as error:
-        # An unknown task first: its near miss explains why the right one is missing.
-        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-        where = ".".join(map(str, first["loc"])) or "top level"
-        hint = f"{first['msg']}."
-        if first["type"] == "extra_forbidden":
-            hint = f"unknown task; allowed are {list(TASKS)}.{near_miss(where, TASKS)}"
-        raise SchemaError(f"instructions '{file}', {where}: {hint}") from error
-    except ValueError as error:  # no JSON, no UTF-8, or a repeated key
-        raise SchemaError(f"instructions '{file}' do not decode: {error}.") from error
-
-
-def choose_instruction(
-    task: str, seed: int, uid: str, epoch: int, pools: InstructionPools | None = None
-) -> str:
-    """Return the template of a sample: the same arguments give the same one on any machine.
-
-    Args:
-        task: `emotion` or `think`.
-        seed: Seed of the run.
-        uid: Record id; it only feeds the hash.
-        epoch: Pass over the data, so that a clip meets other wordings later.
-        pools: Templates to choose from; None means the shipped ones.
-    """
-    pool = (_shipped() if pools is None else pools).of(task)
-    return pool[_draw("instruction", task, seed, uid, epoch) % len(pool)]
-
-
-def option_order(
-    labels: Sequence[str], seed: int, uid: str, epoch: int, *, shuffle: bool
-) -> tuple[str, ...]:
-    """Return all labels in the order in which the instruction lists them.
-
-    The list is always the full native one: a list that depended on the true label would leak it.
-
-    Args:
-        labels: The native names in native order.
-        seed: Seed of the run.
-        uid: Record id; it only feeds the hash.
-        epoch: Pass over the data.
-        shuffle: True in training; False, for evaluation, keeps the native order.
-    """
-    if not shuffle:
-        return tuple(labels)
-    rank = [_draw("options", seed, uid, epoch, i) for i in range(len(labels))]
-    return tuple(labels[i] for i in sorted(range(len(labels)), key=rank.__getitem__))
+    """The answer and its end; empty at inference."""
 
 
 def neutralise(text: str) -> str:
     """Take the power out of foreign text: no control tags, no control characters, one line.
 
-    Each of `[INST]`, `<Vid>`, `<think>`, `<answer>`, `[emotion]`, `[think]`, `<s>`, `<|...|>` and
-    their closing forms, in any case, gives way to a blank. As no tag holds a blank, what is left
-    cannot join up to a new one: `[IN[INST]ST]` becomes `[IN ST]`.
+    Each of `[INST]`, `<Vid>`, `<think>`, `<answer>`, `[emotion]` and the other tasks, `<s>`,
+    `<bos>`, `<start_of_turn>`, `<|...|>` and the like, and their closing forms, in any case, gives
+    way to a blank. As no tag holds a blank, what is left cannot join up to a new one:
+    `[IN[INST]ST]` becomes `[IN ST]`. Special tokens of a rare tokenizer are `tokenize`'s to refuse.
     """
     return " ".join(_CONTROL_TAG.sub(" ", _CONTROL_CHARACTER.sub(" ", text)).split())
 
@@ -265,10 +147,7 @@ def subtitle_clause(text: str | None, prompt_style: PromptStyle = "code") -> str
         prompt_style: `code` says "in video" as the released code, `paper` "in the video".
     """
     if prompt_style not in _SUBTITLE_SUBJECT:
-        raise SchemaError(
-            f"unknown prompt_style '{prompt_style}'; allowed are {list(_SUBTITLE_SUBJECT)}."
-            f"{near_miss(prompt_style, _SUBTITLE_SUBJECT)}"
-        )
+        raise unknown("prompt_style", prompt_style, _SUBTITLE_SUBJECT)
     clean = neutralise(text or "")
     return f"{_SUBTITLE_SUBJECT[prompt_style]}: {clean}. " if clean else ""
 
@@ -281,100 +160,184 @@ def render(
     subtitle: str | None = None,
     label: str | None = None,
     description: str | None = None,
+    audio_description: str | None = None,
+    image_description: str | None = None,
+    with_answer: bool | None = None,
     prompt_style: PromptStyle = "code",
+    answer_norm: AnswerNorm = "keep",
+    turns: Turns | None = None,
 ) -> RenderedPrompt:
     """Render one sample.
 
     Args:
-        task: `emotion` (the answer is the label) or `think` (description, then label).
-        instruction: A template with a `{labels}` slot, see `choose_instruction`.
+        task: `emotion` (the answer is the label), `think` (description, then label), `reason`,
+            `audio` or `image` (the description of that name alone).
+        instruction: A template, see `choose_instruction`; with a `{labels}` slot for `emotion` and
+            `think`, without for the others.
         labels: The options in the order to list them, see `option_order`; written in lower case.
+            Unused by tasks without options.
         subtitle: What the person says, or None.
-        label: The true label, one of `labels` in any case; None at inference.
-        description: The reasoning to supervise; needed for a `think` answer, else unused.
+        label: The true label, one of `labels` in any case.
+        description: The reasoning to supervise in `think` and `reason`.
+        audio_description: What is heard.
+        image_description: What is seen.
+        with_answer: True demands all that `TASK_NEEDS` names, False leaves the answer out; None
+            leaves it out if the first field that the task needs is None.
         prompt_style: Wording of the subtitle clause.
+        answer_norm: `keep`, or `blip` for the released code's: lower case, no punctuation, at most
+            200 words of description.
+        turns: Of the language model; None means LLaMA-2's.
 
     Raises:
-        SchemaError: Unknown task, a template without slot, a label that is not an option, or a
-            `think` answer without description (it would train an empty `<think></think>`).
+        SchemaError: Unknown task, a template that does not fit the task, a label that is not an
+            option, or an answer without a field that it needs (it would train an empty one).
     """
     checked = check_task(task)
-    if instruction.count(LABELS_SLOT) != 1:
-        raise SchemaError(f"the instruction needs one {LABELS_SLOT} slot, got {instruction!r}.")
-    options = [option.lower() for option in labels]
-    if not options or any(not option or neutralise(option) != option for option in options):
-        raise SchemaError(f"labels must be plain words, at least one; got {list(labels)}.")
-    asked = instruction.replace(LABELS_SLOT, ", ".join(options))
+    if answer_norm not in get_args(AnswerNorm):
+        raise unknown("answer_norm", answer_norm, get_args(AnswerNorm))
+    needs = TASK_NEEDS[checked]
+    options: list[str] = []
+    if "label" in needs:
+        if instruction.count(LABELS_SLOT) != 1:
+            raise SchemaError(f"the instruction needs one {LABELS_SLOT} slot, got {instruction!r}.")
+        options = [option.lower() for option in labels]
+        if not options or any(not option or neutralise(option) != option for option in options):
+            raise SchemaError(f"labels must be plain words, at least one; got {list(labels)}.")
+    elif LABELS_SLOT in instruction:
+        raise SchemaError(
+            f"the task '{checked}' lists no options, but its instruction has a {LABELS_SLOT} slot: "
+            f"{instruction!r}. Take the slot out."
+        )
+    given = {
+        "label": label,
+        "description": description,
+        "audio_description": audio_description,
+        "image_description": image_description,
+    }
+    if with_answer is None:
+        with_answer = given[needs[0]] is not None
+    before, after = LLAMA_2 if turns is None else (turns.before, turns.after)
     clause = subtitle_clause(subtitle, prompt_style)
-    tail = f"</Vid> {clause}[{checked}] {asked} [/INST]"
-    answer = None if label is None else _answer(checked, label.lower(), options, description)
-    return RenderedPrompt(head=HEAD, tail=tail, answer=answer)
+    asked = instruction.replace(LABELS_SLOT, ", ".join(options))
+    return RenderedPrompt(
+        head=f"{before}<Vid>",
+        tail=f"</Vid> {clause}[{checked}] {asked}{after}",
+        answer=_answer(checked, given, options, answer_norm) if with_answer else None,
+        free_text="label" not in needs,
+    )
 
 
 def tokenize(
-    prompt: RenderedPrompt, tokenizer: TextTokenizer, *, max_answer_tokens: int
+    prompt: RenderedPrompt,
+    tokenizer: TextTokenizer,
+    *,
+    max_answer_tokens: int,
+    turns: Turns | None = None,
 ) -> PromptTokens:
-    """Turn a rendered prompt into ids: exactly one BOS, segments without special tokens.
+    """Turn a rendered prompt into ids: one BOS or none, special tokens from the template alone.
 
-    An answer that is too long loses the last words of its reasoning; the closing tags, the label
-    and EOS always stay.
+    An answer that is too long loses the last words of its description; the closing tags, the label
+    and the end always stay.
 
     Args:
         prompt: See `render`.
-        tokenizer: Any tokenizer with BOS and EOS.
-        max_answer_tokens: Upper bound on the answer ids, EOS included.
+        tokenizer: The language model's.
+        max_answer_tokens: Upper bound on the answer ids, the end included.
+        turns: Those that the prompt was rendered with; None means LLaMA-2's.
 
     Raises:
-        SchemaError: The tokenizer lacks BOS or EOS, a special token hides in the text, or the
-            shortest form of the answer does not fit.
+        SchemaError: The tokenizer lacks EOS, a special token hides in foreign text, the prompt has
+            other turns, or the shortest form of the answer does not fit.
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is None or eos is None:
-        raise SchemaError(f"the tokenizer needs BOS and EOS, got ids {bos} and {eos}.")
+    if turns is None:
+        turns = turns_of(tokenizer, "llama-2")
+    elif not (prompt.head.startswith(turns.before) and prompt.tail.endswith(turns.after)):
+        raise SchemaError(
+            f"the prompt '{prompt.head} ... {prompt.tail[-40:]}' was rendered with other turns than "
+            f"{turns.before!r} ... {turns.after!r}; give render and tokenize the same ones."
+        )
+    special = turns.special
 
-    def ids(text: str) -> tuple[int, ...]:
-        found = tuple(int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"])
-        if bos in found or eos in found:
-            raise SchemaError(f"the prompt text {text!r} holds a special token; remove it.")
+    def ids(text: str, template: str = "") -> tuple[int, ...]:
+        """Encode text in which only the template's part may hold special tokens."""
+        found = encode(tokenizer, text)
+        hidden = [i for i in found if i in special]
+        written = [i for i in encode(tokenizer, template) if i in special] if hidden else []
+        if hidden != written:
+            first = next(iter(Counter(hidden) - Counter(written)), hidden[0])
+            raise SchemaError(
+                f"the prompt text {text[:200]!r} holds a special token, {special[first]!r}, which "
+                "only a chat template may write. Take it out of the record or of the instruction."
+            )
         return found
 
     answer_ids: tuple[int, ...] = ()
     if prompt.answer is not None:
-        answer_ids = (*_fit(prompt.answer, ids, max_answer_tokens - 1), int(eos))
-    return PromptTokens((int(bos), *ids(prompt.head)), ids(prompt.tail), answer_ids)
+        limit = max_answer_tokens - len(turns.end_ids)
+        answer_ids = (*_fit(prompt, prompt.answer, ids, limit), *turns.end_ids)
+    bos = () if turns.bos_id is None else (turns.bos_id,)
+    head_ids = ids(prompt.head, turns.before)
+    return PromptTokens((*bos, *head_ids), ids(prompt.tail, turns.after), answer_ids)
 
 
-def _answer(task: Task, label: str, options: Sequence[str], description: str | None) -> str:
-    """Return the text to supervise; label and options are in lower case."""
-    if label not in options:
-        raise SchemaError(
-            f"label '{label}' is not an option; allowed are {list(options)}."
-            f"{near_miss(label, options)}"
-        )
+def _answer(
+    task: Task, given: Mapping[str, str | None], options: Sequence[str], norm: AnswerNorm
+) -> str:
+    """Return the text to supervise; the options are in lower case."""
+    label = (given["label"] or "").lower()
+    if "label" in TASK_NEEDS[task]:
+        if not label:
+            raise SchemaError(
+                f"an answer to '{task}' needs a label, got {given['label']!r}; allowed are "
+                f"{list(options)}. Leave out records without one."
+            )
+        if label not in options:
+            raise SchemaError(
+                f"label '{label}' is not an option; allowed are {list(options)}."
+                f"{near_miss(label, options)}"
+            )
     if task == "emotion":
         return label
-    reasoning = neutralise(description or "")
-    if not reasoning:
+    needed = TASK_NEEDS[task][-1]
+    text = neutralise(given[needed] or "")
+    if norm == "blip":
+        text = _blip(text)
+    if not text.strip():
+        article = "an" if needed[0] in "ai" else "a"
         raise SchemaError(
-            f"a 'think' answer needs a description, got {description!r}; "
-            "use the task 'emotion' for records without one."
+            f"an answer to '{task}' needs {article} {needed}, got {given[needed]!r}; use another "
+            "task for records without one."
         )
-    return f"<think>{reasoning}</think><answer>{label}</answer>"
+    return f"<think>{text}</think><answer>{label}</answer>" if task == "think" else text.strip()
 
 
-def _fit(answer: str, ids: Callable[[str], tuple[int, ...]], limit: int) -> tuple[int, ...]:
-    """Return the ids of the answer, its reasoning cut to whole words if it exceeds the limit."""
+def _blip(text: str) -> str:
+    """Normalise a description as the released code does.
+
+    The released code does it to the answer as a whole, tags and label included: a `think` answer of
+    more than 200 words loses its closing tags and its label. Here the description alone is cut. The
+    blank that a last period leaves in front of `</think>` is kept.
+    """
+    clean = re.sub(r" {2,}", " ", text.lower().translate(_BLIP_BLANKS))
+    words = clean.split()
+    return " ".join(words[:_BLIP_WORDS]) if len(words) > _BLIP_WORDS else clean
+
+
+def _fit(
+    prompt: RenderedPrompt, answer: str, ids: Callable[[str], tuple[int, ...]], limit: int
+) -> tuple[int, ...]:
+    """Return the ids of the answer, its description cut to whole words if it exceeds the limit."""
     found = ids(answer)
     match = _THINK_ANSWER.fullmatch(answer)
-    if len(found) > limit and match:
-        reasoning, label = match[1], match[2]
+    if len(found) > limit and (match or prompt.free_text):
+        opening, text, closing = match.groups() if match else ("", answer, "")
 
         def kept(n_chars: int) -> tuple[int, ...]:
-            return ids(f"<think>{reasoning[:n_chars].rstrip()}</think>{label}")
+            return ids(f"{opening}{text[:n_chars].rstrip()}{closing}")
 
-        n_chars = bisect.bisect_right(range(1, len(reasoning)), limit, key=lambda n: len(kept(n)))
-        if n_chars and reasoning[n_chars] != " " and " " in reasoning[:n_chars]:
-            n_chars = reasoning.rindex(" ", 0, n_chars)
+        n_chars = bisect.bisect_right(range(1, len(text)), limit, key=lambda n: len(kept(n)))
+        if n_chars and text[n_chars] != " " and " " in text[:n_chars]:
+            n_chars = text.rindex(" ", 0, n_chars)
         found = kept(n_chars) if n_chars else found
     if len(found) > limit:
         raise SchemaError(
@@ -382,23 +345,3 @@ def _fit(answer: str, ids: Callable[[str], tuple[int, ...]], limit: int) -> tupl
             f"max_answer_tokens={limit + 1} with its label intact; raise the bound."
         )
     return found
-
-
-def _draw(*parts: str | int) -> int:
-    """Return a hash of the parts, uniform in [0, 2**64); Python's own hash differs per process."""
-    text = json.dumps(parts).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
-
-
-@cache
-def _shipped() -> InstructionPools:
-    return load_instructions()
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object; a repeated key, of which JSON keeps the last, is refused."""
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"'{key}' occurs twice")
-    return dict(pairs)

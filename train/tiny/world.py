@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from train.prompt import PromptTokens, load_instructions, render, tokenize
+from train.instructions import load_instructions
+from train.prompt import PromptTokens, render, tokenize
 
 MAX_ANSWER_TOKENS = 160
 
