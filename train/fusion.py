@@ -1,20 +1,98 @@
-"""Conv-Attention pre-fusion (paper section 4.3, equations 2 to 4).
+"""Pre-fusion of audio, image context and video: the variants of the paper's Tables 8 and 9.
+
+    conv-attention       section 4.3, equations 2 to 4: both branches, token by token
+    attention, conv      one of its branches alone ("Our Attn", "Our Conv")
+    affectgpt-attention  the attention branch over the mean of each stream
+    q-former             learnt queries read the tokens of all streams
 
 The paper leaves widths, dropout and the number of blocks open; they follow the released code, the
-only structure that yields the paper's 71 M trainable parameters (reference facts, section 2).
+only structure that yields the paper's 71 M trainable parameters (reference facts, section 2). The
+last two follow AffectGPT's code, with the image context as a third stream.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from train.config import FusionConfig
+from cache.errors import SpecMismatchError
+from train.config import FusionConfig, FusionKind
 
-N_STREAMS = 3
-"""Audio, global image context, video: the order of equation 2."""
+STREAMS = ("audio", "image", "video")
+"""The order of equation 2."""
+
+QUERY_STD = 0.02
+"""Initial spread of learnt queries, as in BERT and AffectGPT."""
+
+
+def make_fusion(
+    config: FusionConfig, audio_width: int, image_width: int, video_width: int
+) -> PreFusion | None:
+    """Build the pre-fusion of `config.kind`; None for a prefix without fusion tokens.
+
+    Args:
+        config: Kind and sizes.
+        audio_width: Channels of an audio token.
+        image_width: Channels of the CLS token.
+        video_width: Channels of a video token.
+    """
+    kind = KINDS[config.kind]
+    return None if kind is None else kind(config, audio_width, image_width, video_width)
+
+
+def fused_mask(
+    config: FusionConfig, audio_mask: Tensor, image_mask: Tensor, video_mask: Tensor
+) -> Tensor:
+    """Return the mask that `PreFusion.forward` would, (B, Tf) bool, without fusing.
+
+    Args:
+        config: Kind and numbers of tokens.
+        audio_mask: (B, Ta) bool, True where valid.
+        image_mask: (B,) bool.
+        video_mask: (B, Tv) bool.
+    """
+    kind = KINDS[config.kind]
+    if kind is None:
+        return audio_mask[:, :0]
+    if kind is QFormer:
+        present = audio_mask.any(dim=1) | image_mask | video_mask.any(dim=1)
+        return present.unsqueeze(1).expand(-1, config.n_queries)
+    n = 1 if kind is AffectGptAttention else config.n_tokens or audio_mask.shape[1]
+    audio, video = (resample(m.unsqueeze(-1).float(), m, n)[1] for m in (audio_mask, video_mask))
+    return audio | video | image_mask.unsqueeze(1)
+
+
+def resample(tokens: Tensor, mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Bring a stream to `n` tokens: bin means for fewer, repeats for more.
+
+    Bin i covers the tokens floor(i T / n) to ceil((i + 1) T / n), as in torch's adaptive pooling;
+    it is the mean of its valid tokens, and masked where it has none. For n > T, token i is a copy
+    of token floor(i T / n).
+
+    Args:
+        tokens: (B, T, D).
+        mask: (B, T) bool, True where valid.
+        n: Tokens wanted; T returns the inputs themselves.
+
+    Returns:
+        (B, n, D) and its mask (B, n).
+    """
+    n_tokens = tokens.shape[1]
+    if n == n_tokens:
+        return tokens, mask
+    if n > n_tokens:
+        index = torch.arange(n, device=tokens.device) * n_tokens // n
+        return tokens[:, index], mask[:, index]
+    # The mean of the valid tokens is the mean of all, invalid ones as zeros, over the valid share.
+    weight = mask.unsqueeze(1).to(tokens.dtype)  # (B, 1, T)
+    total = nn.functional.adaptive_avg_pool1d(tokens.transpose(1, 2) * weight, n)  # (B, D, n)
+    share = nn.functional.adaptive_avg_pool1d(weight, n)  # (B, 1, n)
+    valid = share > 0
+    return (total / share.masked_fill(~valid, 1.0)).transpose(1, 2), valid.squeeze(1)
 
 
 def _mlp(d_in: int, hidden: int, d_out: int, dropout: float) -> nn.Sequential:
@@ -26,6 +104,49 @@ def _mlp(d_in: int, hidden: int, d_out: int, dropout: float) -> nn.Sequential:
         nn.ReLU(),
         nn.Dropout(dropout),
     )
+
+
+class PreFusion(nn.Module, ABC):
+    """Three streams in, fusion tokens out.
+
+    A masked token contributes nothing: what `prep` makes of it is set to zero, so an absent stream
+    cannot speak through its bias.
+    """
+
+    def __init__(
+        self, config: FusionConfig, audio_width: int, image_width: int, video_width: int
+    ) -> None:
+        """Build `prep`, which brings each stream to `config.width` channels; see `make_fusion`."""
+        super().__init__()
+        widths = zip(STREAMS, (audio_width, image_width, video_width), strict=True)
+        self.prep = nn.ModuleDict({name: self._project(width, config) for name, width in widths})
+
+    def _project(self, d_in: int, config: FusionConfig) -> nn.Module:
+        return _mlp(d_in, config.hidden_width, config.width, config.dropout)
+
+    @abstractmethod
+    def forward(
+        self,
+        audio: Tensor,
+        image_cls: Tensor,
+        video: Tensor,
+        audio_mask: Tensor,
+        image_mask: Tensor,
+        video_mask: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Fuse three streams.
+
+        Args:
+            audio: (B, Ta, Da).
+            image_cls: (B, Di).
+            video: (B, Tv, Dv).
+            audio_mask: (B, Ta) bool, True where valid.
+            image_mask: (B,) bool.
+            video_mask: (B, Tv) bool.
+
+        Returns:
+            (B, Tf, out_width) and its mask (B, Tf): valid where any stream is.
+        """
 
 
 class ConvBlock(nn.Module):
@@ -41,30 +162,24 @@ class ConvBlock(nn.Module):
         return x + nn.functional.silu(self.conv(x))
 
 
-class ConvAttention(nn.Module):
-    """Fuse audio, image context and video, token by token."""
+class ConvAttention(PreFusion):
+    """Pair audio and video token by token, next to the same image context at each (equation 2)."""
+
+    branches: tuple[Literal["attention", "conv"], ...] = ("attention", "conv")
 
     def __init__(
         self, config: FusionConfig, audio_width: int, image_width: int, video_width: int
     ) -> None:
-        """Build the module.
-
-        Args:
-            config: Widths, blocks, dropout.
-            audio_width: Channels of an audio token.
-            image_width: Channels of the CLS token.
-            video_width: Channels of a video token.
-        """
-        super().__init__()
-        c, hidden = config.width, config.hidden_width
-        widths = {"audio": audio_width, "image": image_width, "video": video_width}
-        self.prep = nn.ModuleDict(
-            {name: _mlp(width, hidden, c, config.dropout) for name, width in widths.items()}
-        )
-        self.attn_mlp = _mlp(N_STREAMS * c, hidden, c, config.dropout)
-        self.attn_gate = nn.Linear(c, N_STREAMS)
-        self.conv_in = nn.Conv1d(N_STREAMS * c, c, kernel_size=1)
-        self.conv_blocks = nn.Sequential(*(ConvBlock(c) for _ in range(config.n_blocks)))
+        """Build the branches; see `make_fusion` for the arguments."""
+        super().__init__(config, audio_width, image_width, video_width)
+        self.n_tokens, self.gate = config.n_tokens, config.gate
+        c, joint = config.width, len(STREAMS) * config.width
+        if "attention" in self.branches:
+            self.attn_mlp = _mlp(joint, config.hidden_width, c, config.dropout)
+            self.attn_gate = nn.Linear(c, len(STREAMS))
+        if "conv" in self.branches:
+            self.conv_in = nn.Conv1d(joint, c, kernel_size=1)
+            self.conv_blocks = nn.Sequential(*(ConvBlock(c) for _ in range(config.n_blocks)))
         self.merge = nn.Linear(c, config.out_width)
 
     def forward(
@@ -76,36 +191,130 @@ class ConvAttention(nn.Module):
         image_mask: Tensor,
         video_mask: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Fuse three streams.
+        """Fuse as `PreFusion.forward` says, into `n_tokens` tokens; None takes audio and video's.
 
-        A masked token contributes nothing: what the first MLP makes of it is set to zero, so an
-        absent stream cannot speak through its bias.
-
-        Args:
-            audio: (B, T, Da).
-            image_cls: (B, Di), broadcast to T.
-            video: (B, T, Dv).
-            audio_mask: (B, T) bool, True where valid.
-            image_mask: (B,) bool.
-            video_mask: (B, T) bool.
-
-        Returns:
-            (B, T, out_width) and its mask (B, T): valid where any stream is.
+        Raises:
+            SpecMismatchError: Without `n_tokens`, audio and video differ in number.
         """
-        n_tokens = audio.shape[1]
-        inputs = {
-            "audio": (audio, audio_mask),
-            "image": (
-                image_cls.unsqueeze(1).expand(-1, n_tokens, -1),
-                image_mask.unsqueeze(1).expand(-1, n_tokens),
-            ),
-            "video": (video, video_mask),
-        }
-        parts = [self.prep[name](x) * mask.unsqueeze(-1) for name, (x, mask) in inputs.items()]
+        n_tokens = self.n_tokens or audio.shape[1]
+        if self.n_tokens is None and audio.shape[1] != video.shape[1]:
+            raise SpecMismatchError(
+                f"audio has {audio.shape[1]} tokens and video {video.shape[1]}, but they are paired "
+                "one by one; set model.fusion.n_tokens to bring both to one number"
+            )
+        audio, audio_mask = resample(audio, audio_mask, n_tokens)
+        video, video_mask = resample(video, video_mask, n_tokens)
+        context = image_cls.unsqueeze(1).expand(-1, n_tokens, -1)
+        masks = (audio_mask, image_mask.unsqueeze(1).expand(-1, n_tokens), video_mask)
+        streams = zip(STREAMS, (audio, context, video), masks, strict=True)
+        parts = [self.prep[name](x) * mask.unsqueeze(-1) for name, x, mask in streams]
+        present = torch.stack(masks, dim=-1)  # (B, T, 3)
         f_d = torch.cat(parts, dim=-1)  # (B, T, 3 C)
-        f_s = torch.stack(parts, dim=-1)  # (B, T, C, 3)
-        gate = self.attn_gate(self.attn_mlp(f_d)).unsqueeze(-1)  # (B, T, 3, 1)
-        f_attn = (f_s @ gate).squeeze(-1)  # (B, T, C)
-        f_conv = self.conv_blocks(self.conv_in(f_d.transpose(1, 2))).transpose(1, 2)  # (B, T, C)
-        fused = cast(Tensor, self.merge(f_attn + f_conv))
-        return fused, audio_mask | video_mask | image_mask.unsqueeze(1)
+        mixed = []
+        if "attention" in self.branches:
+            f_s = torch.stack(parts, dim=-1)  # (B, T, C, 3)
+            mixed.append((f_s @ self._weights(f_d, present).unsqueeze(-1)).squeeze(-1))
+        if "conv" in self.branches:
+            mixed.append(self.conv_blocks(self.conv_in(f_d.transpose(1, 2))).transpose(1, 2))
+        return self.merge(sum(mixed[1:], mixed[0])), present.any(dim=-1)
+
+    def _weights(self, f_d: Tensor, present: Tensor) -> Tensor:
+        """Map F_d (B, T, 3 C) to a weight per stream (B, T, 3), as equation 3 uses it."""
+        weights: Tensor = self.attn_gate(self.attn_mlp(f_d))
+        if self.gate == "linear":
+            return weights
+        # Where no stream is present nothing is hidden: a softmax over nothing would be NaN.
+        hidden = ~present & present.any(dim=-1, keepdim=True)
+        return weights.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+
+
+class AttentionBranch(ConvAttention):
+    """Conv-Attention without the convolutions: equation 3 alone."""
+
+    branches = ("attention",)
+
+
+class ConvBranch(ConvAttention):
+    """Conv-Attention without the attention: equation 4 alone."""
+
+    branches = ("conv",)
+
+
+class AffectGptAttention(AttentionBranch):
+    """AffectGPT's attention: the same weighted sum, over the mean of each stream's valid tokens."""
+
+    def __init__(
+        self, config: FusionConfig, audio_width: int, image_width: int, video_width: int
+    ) -> None:
+        """Build the module; the mean of a stream is its resampling to one token."""
+        one = config.model_copy(update={"n_tokens": 1})
+        super().__init__(one, audio_width, image_width, video_width)
+
+
+class QFormer(PreFusion):
+    """Learnt queries read the tokens of all streams, which are one memory (AffectGPT)."""
+
+    def __init__(
+        self, config: FusionConfig, audio_width: int, image_width: int, video_width: int
+    ) -> None:
+        """Build queries, stream embeddings and blocks; see `make_fusion` for the arguments."""
+        super().__init__(config, audio_width, image_width, video_width)
+        c = config.width
+        self.queries = nn.Parameter(torch.randn(config.n_queries, c) * QUERY_STD)
+        # AffectGPT learns an embedding for each place of the memory, which fixes the number of
+        # tokens; a learnt one per stream and fixed waves along it tell the same apart for any.
+        self.stream_embeddings = nn.Parameter(torch.randn(len(STREAMS), c))
+        self.blocks = nn.ModuleList(
+            nn.TransformerDecoderLayer(
+                c, config.n_heads, config.hidden_width, config.dropout, "gelu", batch_first=True
+            )
+            for _ in range(config.n_layers)
+        )
+        self.merge = nn.Linear(c, config.out_width)
+
+    def _project(self, d_in: int, config: FusionConfig) -> nn.Module:
+        return nn.Linear(d_in, config.width)
+
+    def forward(
+        self,
+        audio: Tensor,
+        image_cls: Tensor,
+        video: Tensor,
+        audio_mask: Tensor,
+        image_mask: Tensor,
+        video_mask: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Fuse as `PreFusion.forward` says, into `n_queries` tokens."""
+        tokens = (audio, image_cls.unsqueeze(1), video)
+        placed = [
+            self.prep[name](x) + own + _waves(x.shape[1], own)
+            for name, x, own in zip(STREAMS, tokens, self.stream_embeddings, strict=True)
+        ]
+        mask = torch.cat([audio_mask, image_mask.unsqueeze(1), video_mask], dim=1)  # (B, M)
+        memory = torch.cat(placed, dim=1) * mask.unsqueeze(-1)  # (B, M, C), M = Ta + 1 + Tv
+        present = mask.any(dim=1, keepdim=True)  # (B, 1)
+        # A sample without any stream reads zeros: a softmax over nothing would be NaN.
+        hidden = ~mask & present
+        x = self.queries.expand(audio.shape[0], -1, -1)  # (B, Q, C)
+        for block in self.blocks:
+            x = block(x, memory, memory_key_padding_mask=hidden)
+        return self.merge(x), present.expand(-1, x.shape[1])
+
+
+def _waves(n_tokens: int, like: Tensor) -> Tensor:
+    """Return sinusoidal positions (T, C), sine and cosine by turns, for a parameter (C,)."""
+    places = torch.arange(n_tokens, dtype=like.dtype, device=like.device)
+    channels = torch.arange(0, len(like), 2, dtype=like.dtype, device=like.device)
+    angles = torch.outer(places, 10_000.0 ** (-channels / len(like)))  # (T, ceil(C / 2))
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, : len(like)]
+
+
+KINDS: Mapping[FusionKind, type[PreFusion] | None] = {
+    "none": None,
+    "q-former": QFormer,
+    "affectgpt-attention": AffectGptAttention,
+    "attention": AttentionBranch,
+    "conv": ConvBranch,
+    "conv-attention": ConvAttention,
+}
+"""Every `FusionConfig.kind`, in the order of Table 9."""
