@@ -143,7 +143,7 @@ def training(work: Path, results: Path) -> None:
 
     assert not {"whisper", "timm", "decord", "av"} & sys.modules.keys(), "the halves have met"
     phases = Phases()
-    preset = configure(v2(), ["stages.0.n_steps=1", "log_every_steps=1"])
+    preset = configure(v2(), ["stages.0.n_steps=1", "execution.log_every_steps=1"])
     manifest = read_manifest(work / "corpus.parquet")
     reader = ViewReader(TokenStore.open(work / "store"), preset)
 

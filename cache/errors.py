@@ -53,6 +53,10 @@ class StoppedError(EmocacheError):
     """The user stopped the work; its state is saved and the same command continues it."""
 
 
+class DivergedError(EmocacheError):
+    """Training went astray, a loss that is not a number for example; the last checkpoint is good."""
+
+
 class ExtractionStopped(EmocacheError):
     """Extraction cannot go on: most clips of late failed alike, or no decoder process starts."""
 

@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cache.clip import Record
 from cache.errors import CheckpointError
+from cache.labels import LabelSpace
+from cache.spec import STREAMS
 from cache.store import TokenStore
 from eval.parse import parse_reply
 from eval.predictions import Prediction
-from train.checkpoint import RunInfo, load_trained, read_run
+from train.backbone import context_length
+from train.checkpoint import best_folder, load_trained
 from train.config import Preset, configure
-from train.data import Item, Renderer, ViewReader, collate
+from train.data import Renderer, collate
+from train.loading import to_device
+from train.mixture import Ask
 from train.model import EmotionLlama, build
+from train.packing import Grouper
+from train.reading import ViewReader
+from train.run import RunInfo, read_run
+from train.tasks import TASK_HIDES, check_task
 
 
 @dataclass(frozen=True)
@@ -27,14 +36,30 @@ class TrainedRun:
     model: EmotionLlama
     tokenizer: Any
 
+    @property
+    def labels(self) -> LabelSpace:
+        """What the run was trained to name; raises CheckpointError if it brought no labels."""
+        if self.info.label_space is None:
+            raise CheckpointError(
+                f"run {self.info.run_id} is an imported checkpoint without labels of its own. Train it "
+                "further on a manifest: emocache train PRESET ... init=FOLDER"
+            )
+        return self.info.label_space
 
-def load_run(run: Path, device: str = "cpu", overrides: Sequence[str] = ()) -> TrainedRun:
+
+def load_run(
+    run: Path,
+    device: str = "cpu",
+    overrides: Sequence[str] = (),
+    weights: Literal["final", "best"] = "final",
+) -> TrainedRun:
     """Load the model of a run's last finished stage.
 
     Args:
         run: A folder that `train` finished.
         device: Torch device.
         overrides: `key=value` settings that differ from the run's, for example `data.failed=drop`.
+        weights: Those at the end of the stage, or those of its best validation.
 
     Raises:
         SchemaError: An unknown setting.
@@ -46,8 +71,15 @@ def load_run(run: Path, device: str = "cpu", overrides: Sequence[str] = ()) -> T
         raise CheckpointError(
             f"{run}: no stage is finished yet. Continue it with the same `emocache train` command."
         )
+    stage = run / info.finished[-1]
+    folder = stage / "final" if weights == "final" else best_folder(stage)
+    if folder is None:
+        raise CheckpointError(
+            f"{stage}: it never validated, so there is no best. Use the final weights, or train with "
+            "records in data.val_split."
+        )
     model, tokenizer = build(preset)
-    load_trained(model, run / info.finished[-1] / "final")
+    load_trained(model, folder)
     return TrainedRun(preset, info, model.eval().to(device), tokenizer)
 
 
@@ -78,29 +110,27 @@ def generate(
         One prediction per record, in order.
     """
     reader = ViewReader(store, trained.preset)
-    labels = trained.info.label_space
+    labels = trained.labels
     renderer = Renderer(trained.preset, trained.tokenizer, labels)
+    limit = context_length(trained.model.llm.get_base_model())
+    grouper = Grouper(trained.preset, reader, renderer, limit)
+    ask = Ask(check_task(task), 0)
+    hidden = tuple(s for s in STREAMS if s in masked or s in TASK_HIDES.get(ask.task, ()))
     spec_ids = {str(stream): spec.spec_id for stream, spec in reader.specs.items()}
     device = next(trained.model.parameters()).device
     for start in range(0, len(records), batch_size):
         pack = records[start : start + batch_size]
-        batch = collate(
-            [
-                Item(
-                    reader.read(record, masked),
-                    renderer.prompt(record, task, 0, with_answer=False),
-                )
-                for record in pack
-            ]
-        )
+        groups = [grouper.group(record, [ask], hidden, with_answer=False) for record in pack]
+        views = reader.read(pack, [hidden] * len(pack))
+        batch = to_device(collate(trained.preset, groups, views), device)
         replies = trained.model.reply(
-            tokens={name: t.to(device) for name, t in batch["tokens"].items()},
-            masks={name: t.to(device) for name, t in batch["masks"].items()},
-            head_ids=batch["head_ids"].to(device),
-            text_ids=batch["text_ids"].to(device),
-            text_mask=batch["text_mask"].to(device),
+            tokens=batch["tokens"],
+            masks=batch["masks"],
+            text_ids=batch["text_ids"],
+            order=batch["order"],
+            segments=batch["segments"],
             max_new_tokens=max_new_tokens,
-            eos_token_id=int(trained.tokenizer.eos_token_id),
+            stop_ids=renderer.turns.stop_ids,
         )
         for record, ids in zip(pack, replies, strict=True):
             reply = str(trained.tokenizer.decode(ids, skip_special_tokens=True)).strip()

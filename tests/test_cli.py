@@ -72,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SHORT = [
     "stages.0.n_steps=2", "stages.1.n_steps=2", "stages.0.optim.batch_size=2",
-    "stages.1.optim.batch_size=2", "log_every_steps=1",
+    "stages.1.optim.batch_size=2", "execution.log_every_steps=1",
 ]  # fmt: skip
 
 

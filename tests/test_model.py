@@ -1,19 +1,24 @@
-"""The paper's numbers on the meta device, and Conv-Attention against its equations."""
+"""The assembled model: the paper's numbers on the meta device, and equal losses whatever the layout."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cache.clip import Clip, Record
 from train.adapters import ModalAdapters
-from train.config import FusionConfig, Preset, configure
+from train.attention import attention_of
+from train.config import ExecutionConfig, FusionKind, Preset, configure
+from train.data import Group, PrefixBatch, Question, collate, model_arguments
 from train.fusion import ConvAttention
-from train.model import EmotionLlama, positions
+from train.model import EmotionLlama
 from train.presets import PRESETS, demo, v2
+from train.prompt import PromptTokens
+from train.reading import Views
 
 
 @pytest.fixture(scope="module")
@@ -71,212 +76,282 @@ def test_a_batch_of_v2_has_the_documented_shapes_on_meta(v2_on_meta: EmotionLlam
             name: torch.ones(2, n, dtype=torch.bool)
             for name, n in (("audio", 64), ("video", 64), ("image", 256))
         }
-        prefix, mask = v2_on_meta.prefix(tokens, masks)
-    assert prefix.shape == (2, 448, 4096)
-    assert mask.shape == (2, 448)
+        assert v2_on_meta.prefix(tokens, masks).shape == (2, 448, 4096)
 
 
-def test_conv_attention_equals_a_loop_written_from_the_equations() -> None:
-    torch.manual_seed(0)
-    config = FusionConfig(hidden_width=7, width=5, n_blocks=3, out_width=4, dropout=0.3)
-    fusion = ConvAttention(config, 6, 8, 9).double().eval()
-    audio, cls, video = (
-        torch.randn(2, 10, 6, dtype=torch.float64),
-        torch.randn(2, 8, dtype=torch.float64),
-        torch.randn(2, 10, 9, dtype=torch.float64),
-    )
-    ones = torch.ones(2, 10, dtype=torch.bool)
-    got, _ = fusion(audio, cls, video, ones, torch.ones(2, dtype=torch.bool), ones)
-    state = fusion.state_dict()
-
-    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
-        return state[f"{name}.weight"] @ x + state[f"{name}.bias"]
-
-    def mlp(name: str, x: torch.Tensor) -> torch.Tensor:
-        return linear(f"{name}.3", linear(f"{name}.0", x).clamp(min=0)).clamp(min=0)
-
-    for b in range(2):
-        f_d, f_attn = [], []
-        for t in range(10):
-            parts = [
-                mlp("prep.audio", audio[b, t]),
-                mlp("prep.image", cls[b]),
-                mlp("prep.video", video[b, t]),
-            ]
-            f_d.append(torch.cat(parts))  # equation 2
-            gate = linear("attn_gate", mlp("attn_mlp", f_d[-1]))
-            f_attn.append(sum(gate[m] * parts[m] for m in range(3)))  # equation 3
-        w_in = state["conv_in.weight"][:, :, 0]
-        x = [w_in @ f_d[t] + state["conv_in.bias"] for t in range(10)]
-        for k in range(3):  # equation 4
-            w, bias = state[f"conv_blocks.{k}.conv.weight"], state[f"conv_blocks.{k}.conv.bias"]
-            zero = torch.zeros(5, dtype=torch.float64)
-            padded = [zero, *x, zero]
-            conv = [sum(w[:, :, j] @ padded[t + j] for j in range(3)) + bias for t in range(10)]
-            x = [x[t] + conv[t] * torch.sigmoid(conv[t]) for t in range(10)]
-        expected = torch.stack([linear("merge", f_attn[t] + x[t]) for t in range(10)])
-        torch.testing.assert_close(got[b], expected)
-
-
-def test_an_absent_stream_cannot_speak_through_its_bias() -> None:
-    torch.manual_seed(0)
-    fusion = ConvAttention(demo().model.fusion, 6, 8, 9).eval()
-    ones, none = torch.ones(1, 4, dtype=torch.bool), torch.zeros(1, 4, dtype=torch.bool)
-    present, absent = torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)
-    cls, video = torch.randn(1, 8), torch.randn(1, 4, 9)
-    results = []
-    for _ in range(2):  # whatever the absent stream holds, and whatever its bias is
-        audio = torch.randn(1, 4, 6)
-        with torch.no_grad():
-            for parameter in fusion.prep["audio"].parameters():
-                parameter.add_(torch.randn_like(parameter))
-        results.append(fusion(audio, cls, video, none, present, ones)[0])
-    torch.testing.assert_close(results[0], results[1])
-    _, mask = fusion(torch.randn(1, 4, 6), cls, video, none, absent, none)
-    assert not mask.any()
-
-
-def test_positions_skip_masked_tokens() -> None:
-    mask = torch.tensor([[1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 1, 0]], dtype=torch.bool)
-    assert positions(mask).tolist() == [[0, 1, 1, 1, 2, 3], [0, 0, 0, 1, 2, 2]]
-
-
-def _tiny(preset: Preset) -> EmotionLlama:
+def tiny_llm(vocab_size: int = 50) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
-        vocab_size=50,
+        num_key_value_heads=2,
+        vocab_size=vocab_size,
         max_position_embeddings=512,
     )
-    return EmotionLlama(preset, LlamaForCausalLM(config)).eval()
+    return LlamaForCausalLM(config)
 
 
-def _batch(preset: Preset, n: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(1)
+def _tiny(preset: Preset, llm: Any = None) -> EmotionLlama:
+    """A small model in double precision, whose LoRA does something."""
+    model = EmotionLlama(preset, llm or tiny_llm()).double().eval()
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data.copy_(noise * 0.1)
+    return model
+
+
+def _views(preset: Preset, n: int, seed: int = 1) -> Views:
+    generator = torch.Generator().manual_seed(seed)
     shapes = preset.view_shapes()
-    tokens = {s: torch.randn(n, *shape, generator=generator) for s, shape in shapes.items()}
-    tokens["image_cls"] = torch.randn(n, preset.tokens.image.encoder.width, generator=generator)
-    masks = {s: torch.ones(n, shape[0], dtype=torch.bool) for s, shape in shapes.items()}
-    text = torch.randint(3, 50, (n, 9), generator=generator)
-    return {
-        "tokens": tokens,
-        "masks": masks,
-        "head_ids": torch.tensor([1, 7, 8]),
-        "text_ids": text,
-        "text_mask": torch.ones(n, 9, dtype=torch.bool),
+    wide = torch.float64
+    tokens = {
+        s: torch.randn(n, *shape, generator=generator, dtype=wide) for s, shape in shapes.items()
     }
+    width = preset.tokens.image.encoder.width
+    tokens["image_cls"] = torch.randn(n, width, generator=generator, dtype=wide)
+    masks = {s: torch.ones(n, shape[0], dtype=torch.bool) for s, shape in shapes.items()}
+    return Views(tokens, masks)
 
 
-def test_loss_is_the_mean_over_supervised_positions_by_hand() -> None:
+def _record(i: int) -> Record:
+    return Record(uid=f"made/{i}", media=f"{i}.mp4", clip=Clip(sha256=f"{i:064x}", n_bytes=1))
+
+
+def _group(i: int, *lengths: tuple[int, int], seed: int = 0) -> Group:
+    """A clip with questions of (tail, answer) tokens."""
+    generator = torch.Generator().manual_seed(100 * seed + i)
+
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, 50, (n,), generator=generator).tolist())
+
+    questions = tuple(
+        Question("emotion", PromptTokens((1, 7, 8), ids(t), ids(a))) for t, a in lengths
+    )
+    return Group(_record(i), questions)
+
+
+def _loss(model: EmotionLlama, batch: PrefixBatch) -> dict[str, torch.Tensor]:
+    return model(**model_arguments(batch))
+
+
+def _rows(views: Views, *places: int) -> Views:
+    return Views(
+        {k: v[list(places)] for k, v in views.tokens.items()},
+        {k: v[list(places)] for k, v in views.masks.items()},
+    )
+
+
+def test_loss_is_the_mean_over_answers_by_hand() -> None:
+    """One clip: the plain language model on the whole sequence, cross entropy by hand."""
     preset = demo()
     model = _tiny(preset)
-    batch = _batch(preset, 2)
-    labels = torch.full((2, 9), -100)
-    labels[0, 6:] = batch["text_ids"][0, 6:]
-    labels[1, 4:7] = batch["text_ids"][1, 4:7]
-    loss = model(**batch, labels=labels)["loss"]
-    sequence, mask = model.embed(**batch)
-    logits = model.llm(
-        inputs_embeds=sequence, attention_mask=mask.long(), position_ids=positions(mask)
-    ).logits.log_softmax(-1)
-    n_before = 3 + preset.layout().total
-    terms = [
-        -logits[b, n_before + s - 1, labels[b, s]]
-        for b in range(2)
-        for s in range(9)
-        if labels[b, s] != -100
-    ]
-    torch.testing.assert_close(loss, torch.stack(terms).mean())
-    assert len(terms) == 6
+    views, group = _views(preset, 1), _group(0, (5, 3))
+    prompt = group.questions[0].prompt
+    batch = collate(preset, [group], views)
+    found = _loss(model, batch)
+    table = model.llm.get_input_embeddings()
+    text = torch.tensor([*prompt.tail_ids, *prompt.answer_ids])
+    parts = [table(torch.tensor(prompt.head_ids)), model.prefix(views.tokens, views.masks)[0]]
+    sequence = torch.cat([*parts, table(text)]).unsqueeze(0)
+    with attention_of(model.llm.get_base_model(), "eager"):
+        scores = model.llm(inputs_embeds=sequence).logits[0].log_softmax(-1)
+    first = sequence.shape[1] - 3
+    terms = [-scores[first + i - 1, token] for i, token in enumerate(prompt.answer_ids)]
+    torch.testing.assert_close(found["loss_sum"], torch.stack(terms).mean())
+    torch.testing.assert_close(
+        found["answer_loss"], torch.stack(terms).mean().reshape(1), check_dtype=False
+    )
+    best = sum(
+        int(scores[first + i - 1].argmax()) == token for i, token in enumerate(prompt.answer_ids)
+    )
+    assert float(found["answer_correct"]) == pytest.approx(best / 3)
 
 
-def test_padding_and_masked_streams_do_not_change_other_numbers() -> None:
+def _gradients(model: EmotionLlama) -> dict[str, torch.Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def _masked_views(preset: Preset) -> Views:
+    """Three clips: whole; no audio; nothing but four audio tokens."""
+    views = _views(preset, 3)
+    views.masks["audio"][1] = False
+    views.masks["audio"][2, 4:] = False
+    views.masks["image"][2] = views.masks["video"][2] = False
+    for stream, mask in views.masks.items():
+        views.tokens[stream] *= mask.unsqueeze(-1)
+    views.tokens["image_cls"][2] = 0
+    return views
+
+
+@pytest.mark.parametrize("kind", get_args(FusionKind))
+@pytest.mark.parametrize("average", ["sample", "token"])
+def test_packed_equals_padded_equals_one_by_one(
+    kind: str, average: Literal["sample", "token"]
+) -> None:
+    preset = configure(demo(), [f"model.fusion.kind={kind}"])
+    model = _tiny(preset)
+    views = _masked_views(preset)
+    groups = [_group(0, (9, 4)), _group(1, (3, 11)), _group(2, (6, 1))]
+    n = {"sample": 3, "token": 16}[average]
+    results = []
+    for attention in ("packed", "padded"):
+        model.set_execution(ExecutionConfig(attention=attention))  # type: ignore[arg-type]
+        found = _loss(model, collate(preset, groups, views, average))
+        (found["loss_sum"] / n).backward()
+        results.append((found["loss_sum"].detach() / n, found["answer_loss"], _gradients(model)))
+    model.set_execution(ExecutionConfig())
+    total, answers = torch.zeros((), dtype=torch.float64), []
+    for place, group in enumerate(groups):
+        found = _loss(model, collate(preset, [group], _rows(views, place), average))
+        (found["loss_sum"] / n).backward()
+        total += found["loss_sum"].detach() / n
+        answers.append(found["answer_loss"])
+    results.append((total, torch.cat(answers), _gradients(model)))
+    for loss, each, gradients in results[1:]:
+        torch.testing.assert_close(loss, results[0][0])
+        torch.testing.assert_close(each, results[0][1])
+        assert gradients.keys() == results[0][2].keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(
+                gradient, results[0][2][name], msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("attention", ["packed", "padded"])
+def test_a_shared_prefix_equals_separate_sequences(attention: Literal["packed", "padded"]) -> None:
     preset = demo()
     model = _tiny(preset)
-    batch = _batch(preset, 2)
-    batch["masks"]["audio"][1] = False
-    labels = batch["text_ids"].clone()
-    alone = model(
-        tokens={k: v[:1] for k, v in batch["tokens"].items()},
-        masks={k: v[:1] for k, v in batch["masks"].items()},
-        head_ids=batch["head_ids"],
-        text_ids=batch["text_ids"][:1],
-        text_mask=batch["text_mask"][:1],
-        labels=labels[:1],
-    )["loss"]
-    labels[1] = -100
-    together = model(**batch, labels=labels)["loss"]
-    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
-    # What a masked stream holds is never seen. (The first text token is predicted at the last
-    # prefix token itself; it belongs to the prompt and is never supervised.)
-    labels = batch["text_ids"].clone()
-    labels[:, 0] = -100
-    before = model(**batch, labels=labels)["loss"]
-    batch["tokens"]["audio"][1] += 100.0
-    torch.testing.assert_close(model(**batch, labels=labels)["loss"], before)
+    model.set_execution(ExecutionConfig(attention=attention))
+    views = _masked_views(preset)
+    shared = [_group(0, (9, 4), (5, 2), (7, 8)), _group(1, (3, 3)), _group(2, (6, 1), (4, 5))]
+    found = _loss(model, collate(preset, shared, views))
+    found["loss_sum"].backward()
+    together = _gradients(model)
+    apart, places = [], []
+    for place, group in enumerate(shared):
+        for question in group.questions:
+            apart.append(Group(group.record, (question,)))
+            places.append(place)
+    batch = collate(preset, apart, _rows(views, *places))
+    assert len(batch["order"]) > len(collate(preset, shared, views)["order"])
+    alone = _loss(model, batch)
+    torch.testing.assert_close(alone["answer_loss"], found["answer_loss"])
+    alone["loss_sum"].backward()
+    for name, gradient in _gradients(model).items():
+        torch.testing.assert_close(gradient, together[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_questions_of_a_clip_do_not_see_each_other() -> None:
+    preset = demo()
+    model = _tiny(preset)
+    views = _views(preset, 1)
+    group = _group(0, (9, 4), (5, 2))
+    other = _group(0, (9, 4), seed=1).questions[0]
+    first = _loss(model, collate(preset, [group], views))["answer_loss"]
+    changed = Group(group.record, (other, group.questions[1]))
+    second = _loss(model, collate(preset, [changed], views))["answer_loss"]
+    assert first[0] != second[0]
+    assert first[1] == second[1]
+
+
+def test_clips_of_a_pack_do_not_see_each_other() -> None:
+    preset = demo()
+    model = _tiny(preset)
+    views, groups = _views(preset, 2), [_group(0, (9, 4)), _group(1, (5, 2))]
+    first = _loss(model, collate(preset, groups, views))["answer_loss"]
+    for stream in views.tokens:
+        views.tokens[stream][0] += 1.0
+    second = _loss(model, collate(preset, groups, views))["answer_loss"]
+    assert first[0] != second[0]
+    assert first[1] == second[1]
+
+
+@pytest.mark.parametrize("kind", get_args(FusionKind))
+def test_a_masked_modality_equals_an_absent_one(kind: str) -> None:
+    """Whatever a masked stream holds, the loss is that of a clip which never had it."""
+    preset = configure(demo(), [f"model.fusion.kind={kind}"])
+    model = _tiny(preset)
+    for stream in ("audio", "video", "image"):
+        views = _views(preset, 2)
+        views.masks[stream][:] = False
+        views.tokens[stream][0] = 0
+        if stream == "image":
+            views.tokens["image_cls"][0] = 0
+        for other in set(views.tokens) - {stream, "image_cls"}:
+            views.tokens[other][1] = views.tokens[other][0]
+        if stream != "image":
+            views.tokens["image_cls"][1] = views.tokens["image_cls"][0]
+        group = _group(0, (9, 4))
+        found = _loss(model, collate(preset, [group, group], views))["answer_loss"]
+        torch.testing.assert_close(found[0], found[1])
+        # And its tokens are no positions at all.
+        whole = collate(preset, [group], _views(preset, 1))
+        masked = collate(preset, [group], _rows(views, 0))
+        n_tokens = preset.view_shapes()[stream][0]  # type: ignore[index]
+        assert len(whole["order"]) - len(masked["order"]) == n_tokens
+
+
+def test_zeros_are_attended_to_only_if_the_released_code_is_asked_for() -> None:
+    preset = configure(demo(), ["data.mask_missing=false"])
+    views = _masked_views(preset)
+    groups = [_group(i, (5, 2)) for i in range(3)]
+    n = len(collate(preset, groups, views)["order"])
+    assert n == 3 * (3 + preset.layout().total + 7)
+    assert n > len(collate(demo(), groups, views)["order"])
+
+
+def _replies(model: EmotionLlama, batch: PrefixBatch, n: int) -> list[list[int]]:
+    names = ("tokens", "masks", "text_ids", "order", "segments")
+    return model.reply(**{k: batch[k] for k in names}, max_new_tokens=n, stop_ids=(2,))
 
 
 def test_batched_replies_equal_single_ones() -> None:
     preset = demo()
     model = _tiny(preset)
-    batch = _batch(preset, 3)
-    batch["text_mask"][0, 5:] = False
-    batch["text_mask"][2, 7:] = False
-    batch["masks"]["video"][1] = False
-    together = model.reply(**batch, max_new_tokens=6, eos_token_id=2)
-    for row in range(3):
-        n = int(batch["text_mask"][row].sum())
-        alone = model.reply(
-            tokens={k: v[row : row + 1] for k, v in batch["tokens"].items()},
-            masks={k: v[row : row + 1] for k, v in batch["masks"].items()},
-            head_ids=batch["head_ids"],
-            text_ids=batch["text_ids"][row : row + 1, :n],
-            text_mask=batch["text_mask"][row : row + 1, :n],
-            max_new_tokens=6,
-            eos_token_id=2,
-        )
-        assert alone[0] == together[row]
+    views = _masked_views(preset)
+    groups = [_group(0, (9, 0)), _group(1, (3, 0), (8, 0)), _group(2, (6, 0))]
+    together = _replies(model, collate(preset, groups, views), 6)
+    alone = [
+        _replies(model, collate(preset, [Group(g.record, (q,))], _rows(views, i)), 6)[0]
+        for i, g in enumerate(groups)
+        for q in g.questions
+    ]
+    assert together == alone
+    assert len({tuple(reply) for reply in alone}) > 1
 
 
 def test_replies_are_the_greedy_choice_of_the_training_forward() -> None:
     """Generation and training agree on masks and positions: the likeliest next token, step by step."""
     preset = demo()
     model = _tiny(preset)
-    batch = _batch(preset, 2)
-    batch["masks"]["audio"][1] = False
-    batch["masks"]["image"][0, 5:] = False
-    replies = model.reply(**batch, max_new_tokens=5, eos_token_id=2)
-    for row in range(2):
-        one = {
-            "tokens": {k: v[row : row + 1] for k, v in batch["tokens"].items()},
-            "masks": {k: v[row : row + 1] for k, v in batch["masks"].items()},
-            "head_ids": batch["head_ids"],
-        }
-        text = batch["text_ids"][row : row + 1]
-        for expected in replies[row]:
-            mask = torch.ones_like(text, dtype=torch.bool)
-            # The loss of every possible next token; the greedy one has the least.
+    views = _masked_views(preset)
+    groups = [_group(i, (5 + i, 0)) for i in range(3)]
+    replies = _replies(model, collate(preset, groups, views), 5)
+    for place, (group, reply) in enumerate(zip(groups, replies, strict=True)):
+        prompt, said = group.questions[0].prompt, ()
+        for expected in [*reply, *([2] if len(reply) < 5 else [])]:
             losses = []
             for token in range(50):
-                longer = torch.cat([text, torch.tensor([[token]])], dim=1)
-                labels = torch.full_like(longer, -100)
-                labels[0, -1] = token
-                more = torch.cat([mask, torch.ones(1, 1, dtype=torch.bool)], dim=1)
+                answer = PromptTokens(prompt.head_ids, prompt.tail_ids + said, (token,))
+                asked = Group(group.record, (Question("emotion", answer),))
+                batch = collate(preset, [asked], _rows(views, place))
                 with torch.no_grad():
-                    loss = model(**one, text_ids=longer, text_mask=more, labels=labels)["loss"]
-                losses.append(float(loss))
+                    losses.append(float(_loss(model, batch)["loss_sum"]))
             assert int(np.argmin(losses)) == expected
-            text = torch.cat([text, torch.tensor([[expected]])], dim=1)
+            said = (*said, expected)
 
 
 def test_only_the_trained_parts_get_gradients() -> None:
     preset = demo()
-    model = _tiny(preset)
-    batch = _batch(preset, 2)
-    model(**batch, labels=batch["text_ids"])["loss"].backward()
+    model = EmotionLlama(preset, tiny_llm()).double()
+    batch = collate(preset, [_group(0, (5, 3))], _views(preset, 1))
+    _loss(model, batch)["loss_sum"].backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name
@@ -284,6 +359,45 @@ def test_only_the_trained_parts_get_gradients() -> None:
             assert parameter.grad.abs().sum() > 0 or "lora_A" in name, name
         else:
             assert parameter.grad is None, name
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning"
+)  # of torch.compile
+@pytest.mark.parametrize("option", ["checkpoint_activations", "compile"])
+def test_execution_options_change_no_number(option: str) -> None:
+    preset = demo()
+    batch = collate(preset, [_group(0, (5, 3)), _group(1, (8, 2), (3, 2))], _views(preset, 2))
+    results = []
+    for execution in (ExecutionConfig(), ExecutionConfig.model_validate({option: True})):
+        model = _tiny(preset)
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.set_execution(execution)
+        loss = _loss(model, batch)["loss_sum"]
+        loss.backward()
+        results.append((loss.detach(), _gradients(model)))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(gradient, results[1][1][name])
+
+
+def test_half_precision_models_train_float32_parts() -> None:
+    preset = configure(demo(), ["model.llm.dtype=bfloat16"])
+    views = _views(preset, 2)
+    views = Views({k: v.float() for k, v in views.tokens.items()}, views.masks)
+    batch = collate(preset, [_group(0, (5, 3)), _group(1, (8, 2))], views)
+    model = EmotionLlama(preset, tiny_llm().bfloat16()).eval()
+    loss = _loss(model, batch)["loss_sum"]
+    loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert {p.grad.dtype for p in trained if p.grad is not None} == {torch.float32}
+    whole = EmotionLlama(demo(), tiny_llm()).eval()
+    whole.load_state_dict(model.state_dict())
+    torch.testing.assert_close(_loss(whole, batch)["loss_sum"], loss, rtol=0.02, atol=0.02)
 
 
 def test_lora_count_equals_pefts_own() -> None:
@@ -300,7 +414,7 @@ def test_adapters_are_one_linear_map_per_block() -> None:
 
 
 def test_every_preset_builds_and_round_trips() -> None:
-    assert set(PRESETS) == {"v2", "demo"}
+    assert len(PRESETS) == 7
     for make in PRESETS.values():
         preset = make()
         assert Preset.model_validate_json(preset.model_dump_json()) == preset

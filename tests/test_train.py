@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -18,14 +18,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 from cache.clip import Clip, Record
 from cache.commit import ClipTokens, Status
 from cache.errors import (
     CacheMissError,
     CheckpointError,
-    ManifestError,
+    DivergedError,
     SchemaError,
     SpecMismatchError,
 )
@@ -35,20 +34,24 @@ from cache.spec import TokenSpec
 from cache.store import TokenStore
 from eval.generate import load_run
 from tests.conftest import key_of, make_clip
+from train.backbone import llm_path
 from train.checkpoint import load_trained
 from train.config import Preset, configure
-from train.data import IGNORE, Item, Renderer, ViewReader, collate, usable
-from train.loop import make_optimizer, train
-from train.mixture import Mixture
-from train.model import build, llm_path
+from train.data import Renderer, collate
+from train.loop import train
+from train.mixture import Ask
+from train.model import build
+from train.packing import Grouper
 from train.presets import demo, preset, v2
+from train.reading import ViewReader, usable
+from train.stage import learning_rates, make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 N_RECORDS = 10
 SHORT = [
     "stages.0.n_steps=4", "stages.1.n_steps=4", "stages.0.optim.batch_size=2",
     "stages.1.optim.batch_size=2", "stages.0.optim.warmup_steps=2", "stages.1.optim.warmup_steps=2",
-    "log_every_steps=1", "save_every_steps=2",
+    "execution.log_every_steps=1", "execution.save_every_steps=2",
 ]  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -101,34 +104,47 @@ def short(*more: str) -> Preset:
 # --------------------------------------------------------------------------- batches
 
 
-def test_labels_are_masked_token_by_token(corpus: tuple[Manifest, Path, TokenStore]) -> None:
+def grouper_of(preset: Preset, store: TokenStore, limit: int | None = None) -> Grouper:
+    tokenizer = AutoTokenizer.from_pretrained(llm_path(preset.model.llm))
+    space = LabelSpace(name="emotion", labels=("happy", "sad"))
+    reader = ViewReader(store, preset)
+    return Grouper(preset, reader, Renderer(preset, tokenizer, space), limit)
+
+
+def test_answers_are_supervised_token_by_token(corpus: tuple[Manifest, Path, TokenStore]) -> None:
     manifest, _, store = corpus
-    tokenizer = AutoTokenizer.from_pretrained(llm_path(demo().model.llm))
-    assert manifest.header.label_space is not None
-    renderer = Renderer(demo(), tokenizer, manifest.header.label_space)
-    reader = ViewReader(store, demo())
+    preset = demo()
+    grouper, reader = grouper_of(preset, store), ViewReader(store, preset)
+    tokenizer = AutoTokenizer.from_pretrained(llm_path(preset.model.llm))
     chosen = [manifest.records[1], manifest.records[2]]
-    prompts = [
-        renderer.prompt(chosen[0], "emotion", 0, with_answer=True),
-        renderer.prompt(chosen[1], "think", 0, with_answer=True),
+    asks = [[Ask("emotion", 0)], [Ask("think", 0), Ask("emotion", 1)]]
+    groups = [grouper.group(r, a, with_answer=True) for r, a in zip(chosen, asks, strict=True)]
+    batch = collate(preset, groups, reader.read(chosen))
+    n_text = len(batch["text_ids"])
+    shown = [int(batch["text_ids"][i]) if i < n_text else None for i in batch["order"].tolist()]
+    assert shown.count(tokenizer.bos_token_id) == 2, "one BOS a clip"
+    assert sum(s is None for s in shown) == 2 * preset.layout().total
+    # What is predicted at a position is what stands behind it, except EOS's end.
+    for place, target in zip(batch["predict"].tolist(), batch["targets"].tolist(), strict=True):
+        assert shown[place + 1] == target
+    answers = [
+        tokenizer.decode(batch["targets"][batch["answer_of"] == i]).strip() for i in range(3)
     ]
-    batch = collate([Item(reader.read(r), p) for r, p in zip(chosen, prompts, strict=True)])
-    assert batch["head_ids"][0] == tokenizer.bos_token_id
-    everything = [*batch["head_ids"].tolist(), *batch["text_ids"].flatten().tolist()]
-    assert everything.count(tokenizer.bos_token_id) == 1, "one BOS, whatever the batch"
-    for row, prompt in enumerate(prompts):
-        n_tail, n_answer = len(prompt.tail_ids), len(prompt.answer_ids)
-        for place in range(batch["labels"].shape[1]):
-            label, token = int(batch["labels"][row, place]), int(batch["text_ids"][row, place])
-            if n_tail <= place < n_tail + n_answer:
-                assert label == token == prompt.answer_ids[place - n_tail]
-            else:
-                assert label == IGNORE
-            assert bool(batch["text_mask"][row, place]) == (place < n_tail + n_answer)
-    supervised = [batch["text_ids"][r][batch["labels"][r] != IGNORE].tolist() for r in range(2)]
-    assert tokenizer.decode(supervised[0]).strip() == "sad</s>"
-    answer = tokenizer.decode(supervised[1])
-    assert answer.strip() == "<think>The voice is low.</think><answer>happy</answer></s>"
+    assert answers == [
+        "sad</s>", "<think>The voice is low.</think><answer>happy</answer></s>", "happy</s>",
+    ]  # fmt: skip
+    assert batch["uids"] == ("made/1", "made/2", "made/2")
+    assert batch["tasks"] == ("emotion", "think", "emotion")
+    sums = torch.zeros(3).index_add(0, batch["answer_of"], batch["weights"])
+    torch.testing.assert_close(sums, torch.ones(3))
+    everywhere = collate(preset, groups, reader.read(chosen), "token")
+    assert set(everywhere["weights"].tolist()) == {1.0}
+    # Positions count on from the prefix for each question.
+    n_head = len(groups[0].questions[0].prompt.head_ids)
+    first = n_head + preset.layout().total
+    starts = [start for start, end, a, b in batch["segments"].rows if b > a]
+    assert [int(batch["position_ids"][s]) for s in starts] == [first, first]
+    assert groups[1].n_positions == sum(e - s for s, e, _, _ in batch["segments"].rows[1:])
 
 
 def test_views_masks_and_short_audio_reach_the_batch(
@@ -136,18 +152,47 @@ def test_views_masks_and_short_audio_reach_the_batch(
 ) -> None:
     manifest, _, store = corpus
     reader = ViewReader(store, demo())
-    full, no_audio, no_picture = (reader.read(manifest.records[i]) for i in (2, 3, 5))
-    short_audio = reader.read(manifest.records[0])  # 9 valid frames of 16 tokens
-    assert full.masks["audio"].all()
-    assert short_audio.masks["audio"].sum() == 9
-    assert not no_audio.masks["audio"].any()
-    assert not no_picture.masks["video"].any()
-    assert not no_picture.masks["image"].any()
-    hidden = reader.read(manifest.records[2], masked=("image", "video"))
-    assert not hidden.masks["image"].any()
-    assert not hidden.tokens["image_cls"].any()
-    assert hidden.masks["audio"].all()
-    assert full.masks["image"].all(), "masking a copy leaves the original"
+    chosen = [manifest.records[i] for i in (2, 3, 5, 0)]
+    for _ in range(2):  # from the store, then from memory
+        found = reader.read(chosen)
+        assert found.masks["audio"].sum(dim=1).tolist() == [16, 0, 16, 9]  # 9 valid frames of 16
+        assert found.masks["video"].any(dim=1).tolist() == [True, True, False, True]
+        assert found.masks["image"].any(dim=1).tolist() == [True, True, False, True]
+        assert not found.tokens["image_cls"][2].any()
+    hidden = reader.read(chosen, [("image", "video"), (), (), ()])
+    assert not hidden.masks["image"][0].any()
+    assert not hidden.tokens["image_cls"][0].any()
+    assert hidden.masks["audio"][0].all()
+    assert torch.equal(reader.read(chosen).tokens["image"], found.tokens["image"]), "only a copy"
+    counts = [reader.n_valid(r)["audio"] for r in chosen]
+    assert counts == [16, 0, 16, 9]
+
+
+def test_several_threads_read_the_same_numbers(corpus: tuple[Manifest, Path, TokenStore]) -> None:
+    manifest, _, store = corpus
+    preset = configure(demo(), ["data.memory_bytes=100000"])
+    alone = [ViewReader(store, preset).read([r]) for r in manifest.records]
+    reader = ViewReader(store, preset)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            found = list(pool.map(lambda r: reader.read([r]), manifest.records))
+            for one, other in zip(alone, found, strict=True):
+                assert all(torch.equal(one.tokens[k], other.tokens[k]) for k in one.tokens)
+                assert all(torch.equal(one.masks[k], other.masks[k]) for k in one.masks)
+
+
+def test_prefix_positions_are_counted_without_reading(
+    corpus: tuple[Manifest, Path, TokenStore],
+) -> None:
+    manifest, _, store = corpus
+    for override in ("data.mask_missing=true", "data.mask_missing=false"):
+        preset = configure(demo(), [override])
+        grouper, reader = grouper_of(preset, store), ViewReader(store, preset)
+        for record in manifest.records:
+            for hidden in ((), ("image", "video"), ("audio",)):
+                group = grouper.group(record, [Ask("emotion", 0)], hidden, with_answer=True)
+                batch = collate(preset, [group], reader.read([record], [hidden]))
+                assert len(batch["order"]) == group.n_positions
 
 
 def test_the_choice_about_missing_streams_is_explicit(
@@ -194,31 +239,6 @@ def test_a_store_of_another_spec_is_refused_field_by_field(
 # --------------------------------------------------------------------------- curriculum
 
 
-def test_a_mixture_is_a_pure_function_of_its_seed() -> None:
-    pool = records()
-    a, b = (Mixture(pool, {"emotion": 0.5, "think": 0.5}, 400, seed=3) for _ in range(2))
-    assert [a[i] for i in range(400)] == [b[i] for i in range(400)]
-    other = Mixture(pool, {"emotion": 0.5, "think": 0.5}, 400, seed=4)
-    assert [a[i] for i in range(400)] != [other[i] for i in range(400)]
-    share = Counter(a[i].task for i in range(400))
-    assert 150 < share["think"] < 250
-    assert all(a[i].record.description for i in range(400) if a[i].task == "think")
-
-
-def test_every_record_comes_once_per_pass() -> None:
-    mixture = Mixture(records(), {"emotion": 1.0}, 3 * N_RECORDS, seed=0)
-    for epoch in range(3):
-        samples = [mixture[i] for i in range(epoch * N_RECORDS, (epoch + 1) * N_RECORDS)]
-        assert {s.epoch for s in samples} == {epoch}
-        assert len({s.record.uid for s in samples}) == N_RECORDS
-
-
-def test_a_task_that_no_record_serves_is_refused() -> None:
-    bare = [r.model_copy(update={"description": None}) for r in records()]
-    with pytest.raises(ManifestError, match=r"task 'think' needs records with a label and a desc"):
-        Mixture(bare, {"emotion": 0.5, "think": 0.5}, 4, seed=0)
-
-
 def test_v2_follows_the_papers_recipe() -> None:
     stages = v2().stages
     assert [s.n_steps for s in stages] == [50_000, 50_000]  # 100,000 in all, section 5.1
@@ -233,12 +253,7 @@ def test_v2_follows_the_papers_recipe() -> None:
 
 def test_schedule_is_linear_warm_up_then_one_cosine() -> None:
     optim = v2().stages[0].optim
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.AdamW([parameter], lr=optim.lr)
-    schedule = get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer, optim.warmup_steps, 50_000, min_lr=optim.lr_min
-    )
-    rate = schedule.lr_lambdas[0]
+    rate = learning_rates(optim, 50_000)
     for step, expected in (
         (0, 0.0),
         (500, 5e-5),
@@ -246,8 +261,8 @@ def test_schedule_is_linear_warm_up_then_one_cosine() -> None:
         (25_500, 1e-6 + (1e-4 - 1e-6) * 0.5),
         (50_000, 1e-6),
     ):
-        assert 1e-4 * rate(step) == pytest.approx(expected, rel=1e-6, abs=1e-12)
-    assert math.isclose(1e-4 * rate(13_250), 1e-6 + 99e-6 * (1 + math.cos(math.pi / 4)) / 2)
+        assert rate(step) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    assert math.isclose(rate(13_250), 1e-6 + 99e-6 * (1 + math.cos(math.pi / 4)) / 2)
 
 
 def test_only_matrices_decay() -> None:
@@ -367,7 +382,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(
     command = [
         sys.executable, "-m", "emocache", "train", "demo", "--manifest", str(path),
         "--store", store.root, "--out", str(run), *SHORT, "stages.0.n_steps=80",
-        "save_every_steps=1000",
+        "execution.save_every_steps=1000",
     ]  # fmt: skip
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -438,7 +453,7 @@ def test_a_diverged_loss_stops_by_name(
 ) -> None:
     manifest, path, store = corpus
     wild = short("stages.0.optim.lr=1e30", "stages.0.optim.warmup_steps=0", "stages.0.n_steps=20")
-    with pytest.raises(SpecMismatchError, match=r"the loss became .* Lower the learning rate"):
+    with pytest.raises(DivergedError, match=r"the loss became .* Lower the learning rate"):
         train(wild, manifest, path, store, tmp_path / "run")
 
 
@@ -502,7 +517,10 @@ def test_the_train_extra_names_no_encoder_library() -> None:
         ("seed.x=5", r"seed is a single value"),
         ("n_steps", r"override 'n_steps' is not key=value"),
         ("seed=many", r"'seed'.*got 'many'"),
-        ("views.audio.n_tokens=32", r"n_tokens is 32, but views.video gives 16"),
+        (
+            "views.audio.n_tokens=32",
+            r"n_tokens is 32, but views.video gives 16.*model.fusion.n_tokens",
+        ),
         ("stages.0.tasks.emotoin=1", r"'stages.0.tasks.emotoin.*\[key\]'|emotoin"),
         ("model.lora.dropout=1.5", r"'model.lora.dropout'.*got 1.5"),
         ("data.absent=maks", r"'data.absent'.*Did you mean 'mask'"),
@@ -515,9 +533,9 @@ def test_bad_overrides_are_refused_by_name(override: str, message: str) -> None:
 
 def test_precedence_is_preset_then_file_then_override(tmp_path: Path) -> None:
     path = tmp_path / "more.yaml"
-    path.write_text("seed: 1\nlog_every_steps: 7\n")
+    path.write_text("seed: 1\nexecution:\n  log_every_steps: 7\n")
     merged = configure(demo(), ["seed=2"], path)
-    assert (merged.seed, merged.log_every_steps) == (2, 7)
+    assert (merged.seed, merged.execution.log_every_steps) == (2, 7)
     path.write_text("sead: 1\n")
     with pytest.raises(SchemaError, match=r"unknown key 'sead'.*Did you mean 'seed'"):
         configure(demo(), [], path)

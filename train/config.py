@@ -16,7 +16,8 @@ from cache.errors import SchemaError, near_miss
 from cache.schema import Model, decode
 from cache.spec import Stream, TokenSpec
 from cache.views import AudioView, ImageView, VideoView
-from train.prompt import PrefixLayout, PromptStyle, Task
+from train.prompt import PrefixLayout, PromptStyle
+from train.tasks import Task
 
 
 class Tokens(Model):
@@ -48,9 +49,17 @@ class Views(Model):
     image: ImageView
 
 
-class FusionConfig(Model):
-    """Conv-Attention pre-fusion: paper section 4.3, widths from the released code."""
+FusionKind = Literal[
+    "none", "q-former", "affectgpt-attention", "attention", "conv", "conv-attention"
+]
+"""The pre-fusion variants of the paper's Tables 8 and 9."""
 
+
+class FusionConfig(Model):
+    """Pre-fusion: paper section 4.3, Tables 8 and 9; widths from the released code."""
+
+    kind: FusionKind = "conv-attention"
+    """`none` leaves the fusion tokens out of the prefix; see `train.fusion`."""
     hidden_width: int = Field(gt=0)
     """Middle of every two-layer MLP."""
     width: int = Field(gt=0)
@@ -60,6 +69,26 @@ class FusionConfig(Model):
     out_width: int = Field(gt=0)
     """Channels of a fusion token."""
     dropout: float = Field(ge=0, lt=1)
+    n_tokens: int | None = Field(default=None, gt=0)
+    """Tokens that audio and video are brought to before they are paired, so that either may have
+    any number in the prefix; None takes the views' own number, which must then be equal."""
+    gate: Literal["linear", "softmax"] = "linear"
+    """Weights of the attention branch as they are, as in the released code, or positive with sum 1."""
+    n_queries: int = Field(default=32, gt=0)
+    """Q-Former: learnt queries, which become the fusion tokens."""
+    n_layers: int = Field(default=2, gt=0)
+    """Q-Former: blocks of self-attention, cross-attention and feed-forward."""
+    n_heads: int = Field(default=4, gt=0)
+    """Q-Former: heads of `width` / `n_heads` channels each."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> FusionConfig:
+        if self.kind == "q-former" and self.width % self.n_heads:
+            raise ValueError(
+                f"a Q-Former's width ({self.width}) is divided among n_heads ({self.n_heads}) heads; "
+                "choose a multiple"
+            )
+        return self
 
 
 class LoraConfig(Model):
@@ -69,15 +98,18 @@ class LoraConfig(Model):
     alpha: int = Field(gt=0)
     dropout: float = Field(ge=0, lt=1)
     targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """Last parts of the names of linear layers."""
 
 
 class LlmConfig(Model):
     """The frozen language model."""
 
     path: str
-    """Folder or hub name of a LLaMA-architecture chat model; `emocache/tiny` is the bundled one."""
+    """Folder or hub name of a causal chat model; `emocache/tiny` is the bundled one."""
     dtype: Literal["float32", "bfloat16", "float16"]
     """Of the frozen weights; what is trained stays float32."""
+    quantize: Literal["8bit", "4bit"] | None = None
+    """Frozen weights by bitsandbytes (needs CUDA); `dtype` is then that of the arithmetic."""
 
 
 class ModelConfig(Model):
@@ -101,11 +133,30 @@ class OptimConfig(Model):
     """Of matrices; biases and norms have none."""
     betas: tuple[float, float] = (0.9, 0.999)
     batch_size: int = Field(gt=0)
-    """Samples per device and forward pass."""
+    """Clips per device and forward pass, unless `max_tokens` is set."""
+    max_tokens: int | None = Field(default=None, gt=0)
+    """Positions per device and forward pass: as many clips as fit, instead of `batch_size`."""
     accumulate: int = Field(default=1, gt=0)
-    """Forward passes per optimizer step."""
+    """Forward passes per device and optimizer step."""
     grad_clip: float | None = Field(default=None, gt=0)
     """Largest gradient norm; None, as in the paper, clips nothing."""
+    loss_average: Literal["sample", "token"] = "sample"
+    """Every answer counts the same, as with the reference's batches of one, or every answer token."""
+
+
+class CorpusShare(Model):
+    """How much of a stage comes from one corpus."""
+
+    weight: float = Field(ge=0)
+    """Relative to the other corpora of the stage."""
+    tasks: dict[Task, float] | None = None
+    """Task -> share within this corpus; None takes the stage's."""
+
+    @model_validator(mode="after")
+    def _some_task(self) -> CorpusShare:
+        if self.tasks is not None:
+            _check_shares(self.tasks, "tasks")
+        return self
 
 
 class StageConfig(Model):
@@ -115,15 +166,33 @@ class StageConfig(Model):
     """Folder of the stage in the run."""
     tasks: dict[Task, float]
     """Task -> share of the samples."""
+    corpora: dict[str, CorpusShare] = Field(default_factory=dict)
+    """Corpus (the first part of a uid) -> its share; empty draws every record equally often."""
+    pairs_per_clip: int = Field(default=1, gt=0)
+    """Questions about a clip whenever it is drawn; they share one encoded prefix."""
+    modality_dropout: dict[Stream, float] = Field(default_factory=dict)
+    """Stream -> share of the draws in which it is masked, though the clip has it; one always stays."""
     n_steps: int = Field(gt=0)
     """Optimizer steps."""
     optim: OptimConfig
 
     @model_validator(mode="after")
-    def _some_task(self) -> StageConfig:
-        if not self.tasks or min(self.tasks.values()) < 0 or sum(self.tasks.values()) <= 0:
-            raise ValueError(f"tasks need positive shares, got {self.tasks}")
+    def _shares(self) -> StageConfig:
+        _check_shares(self.tasks, "tasks")
+        if self.corpora:
+            _check_shares({name: c.weight for name, c in self.corpora.items()}, "corpora")
+        for stream, share in self.modality_dropout.items():
+            if not 0 <= share < 1:
+                raise ValueError(f"modality_dropout.{stream} must be in [0, 1), got {share}")
         return self
+
+
+def _check_shares(shares: Mapping[Any, float], what: str) -> None:
+    """Refuse an empty mixture."""
+    if not shares or min(shares.values()) < 0 or sum(shares.values()) <= 0:
+        raise ValueError(
+            f"{what} need positive shares, got {dict(shares)}; an empty mixture trains nothing"
+        )
 
 
 class PromptConfig(Model):
@@ -132,9 +201,19 @@ class PromptConfig(Model):
     style: PromptStyle = "code"
     instructions: str | None = None
     """JSON file of templates; None takes the bundled ones."""
+    chat: Literal["auto", "llama-2"] = "auto"
+    """Whose turns surround a sample: the tokenizer's chat template where it has one, or always
+    `[INST] ... [/INST]`."""
     max_answer_tokens: int = Field(default=1024, gt=1)
     """Longer reasoning is cut; the label stays."""
     use_subtitle: bool = True
+    option_list: Literal["full", "label_conditional"] = "full"
+    """`label_conditional`, as the released code: lists without neutral, but only where the true label
+    is another one. It tells the model something about the answer."""
+    neutral_free_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of such lists with `label_conditional`; the released code has 0.5 to 0.8 by corpus."""
+    answer_norm: Literal["keep", "blip"] = "keep"
+    """`blip`, as the released code: lower case, no punctuation, at most 200 words."""
 
 
 class DataConfig(Model):
@@ -144,9 +223,38 @@ class DataConfig(Model):
     """The clip has no such stream: attention mask, leave the record out, or stop."""
     failed: Literal["mask", "drop", "refuse"] = "refuse"
     """The stream could not be encoded."""
+    mask_missing: bool = True
+    """False, as the released code: a masked stream's zeros are attended to."""
     train_split: str = "train"
+    val_split: str | None = "val"
+    """Records to validate on; None, or a split that no record is in, validates nothing."""
     memory_bytes: int = Field(default=2 << 30, ge=0)
     """Views kept in memory, so that a small corpus is read from the store once."""
+
+
+class ExecutionConfig(Model):
+    """How a run is computed and watched. A continued run may change all of it: no sample differs."""
+
+    attention: Literal["packed", "padded"] = "packed"
+    """Clips of a forward pass end to end in one sequence, or as padded rows; equal numbers."""
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass: a third more arithmetic, far less memory."""
+    compile: bool = False
+    """Compile the language model's blocks with torch.compile; pays in long runs on a GPU."""
+    n_workers: int = Field(default=2, ge=0)
+    """Threads that prepare batches; 0 prepares each when it is needed."""
+    n_ahead: int = Field(default=4, gt=0)
+    """Batches that are prepared ahead."""
+    log_every_steps: int = Field(default=50, gt=0)
+    save_every_steps: int = Field(default=1000, gt=0)
+    keep_last: int = Field(default=2, gt=0)
+    """Checkpoints to continue from that are kept."""
+    validate_every_steps: int | None = Field(default=None, gt=0)
+    """None validates at the end of a stage only."""
+    max_val_records: int = Field(default=256, gt=0)
+    """The first so many, in an order of their own, of the validation split."""
+    best_metric: Literal["loss", "token_accuracy"] = "loss"
+    """Of validation: decides what is kept as `best`."""
 
 
 class Preset(Model):
@@ -159,9 +267,11 @@ class Preset(Model):
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     prompt: PromptConfig = PromptConfig()
     data: DataConfig = DataConfig()
+    init: str | None = None
+    """Trained parts to start the first stage from: a run, one of its stages' folders, or what
+    `emocache import-checkpoint` wrote; None starts from scratch."""
+    execution: ExecutionConfig = ExecutionConfig()
     seed: int = Field(default=42, ge=0)
-    log_every_steps: int = Field(default=50, gt=0)
-    save_every_steps: int = Field(default=1000, gt=0)
     bundled_weights: dict[str, str] = Field(default_factory=dict)
     """Encoder kind -> checkpoint file that ships with the project; empty for real encoders."""
 
@@ -171,10 +281,13 @@ class Preset(Model):
             self.views.audio.n_tokens,
             self.views.video.n_frames * self.views.video.grid**2,
         )
-        if n_audio != n_video:
+        fusion = self.model.fusion
+        pairs = fusion.kind in ("attention", "conv", "conv-attention")
+        if pairs and fusion.n_tokens is None and n_audio != n_video:
             raise ValueError(
-                f"Conv-Attention pairs audio and video token by token: views.audio.n_tokens is "
-                f"{n_audio}, but views.video gives {n_video} (n_frames * grid * grid)"
+                f"{fusion.kind} pairs audio and video token by token: views.audio.n_tokens is "
+                f"{n_audio}, but views.video gives {n_video} (n_frames * grid * grid). Set "
+                "model.fusion.n_tokens to bring both to one number"
             )
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
@@ -192,13 +305,19 @@ class Preset(Model):
     def layout(self) -> PrefixLayout:
         """Return the prefix: fusion, image, video, audio (paper section 4.1)."""
         n = {stream: shape[0] for stream, shape in self.view_shapes().items()}
+        fusion = self.model.fusion
+        n_fusion = {
+            "none": 0,
+            "q-former": fusion.n_queries,
+            "affectgpt-attention": 1,
+        }.get(fusion.kind, fusion.n_tokens or n["audio"])
         blocks = (
-            ("fusion", n["audio"]),
+            ("fusion", n_fusion),
             ("image", n["image"]),
             ("video", n["video"]),
             ("audio", n["audio"]),
         )
-        return PrefixLayout(blocks)
+        return PrefixLayout(tuple(block for block in blocks if block[1]))
 
 
 def configure(
@@ -272,7 +391,8 @@ def _assign(data: Any, path: str, value: Any) -> None:
             key: Any = int(part)
         elif isinstance(node, dict):
             # A mapping of the user's own keys (tasks of a stage) may grow; fields may not.
-            if part not in node and not (last and parts[-2:-1] == ["tasks"]):
+            grows = parts[depth - 1 : depth] in (["tasks"], ["modality_dropout"], ["corpora"])
+            if part not in node and not (grows and last):
                 raise SchemaError(
                     f"unknown key '{path}': {where} has no '{part}'.{near_miss(part, node)} "
                     f"Allowed: {', '.join(node)}"

@@ -1,4 +1,4 @@
-"""Stored tokens to batches: the seam between the store and the model.
+"""Records to batches: the seam between the store and the model.
 
 A *prefix batch* is a dictionary, documented field by field at `PrefixBatch`. Everything that builds
 a batch (training, evaluation, prediction) goes through `collate`.
@@ -6,258 +6,255 @@ a batch (training, evaluation, prediction) goes through `collate`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from cache.clip import Record
-from cache.commit import Entry, Status
-from cache.errors import CacheMissError
 from cache.labels import LabelSpace
-from cache.reader import TokenReader
-from cache.spec import STREAMS, Stream, TokenSpec
-from cache.store import TokenStore
-from train.config import DataConfig, Preset, Tokens
-from train.mixture import Mixture
-from train.prompt import (
+from train.attention import Segments
+from train.config import Preset
+from train.fusion import fused_mask
+from train.instructions import (
     InstructionPools,
-    PromptTokens,
-    TextTokenizer,
     choose_instruction,
     load_instructions,
+    option_list,
     option_order,
-    render,
-    tokenize,
 )
-
-IGNORE = -100
-"""Label of a position that is not supervised, as in torch's cross entropy."""
+from train.mixture import Ask
+from train.prompt import PromptTokens, render, tokenize
+from train.reading import Views
+from train.turns import TextTokenizer, turns_of
 
 
 class PrefixBatch(TypedDict):
-    """What the model takes. B samples, S text positions (tail and answer, right-padded)."""
+    """What the model takes: C clips, each with one or more questions, end to end in N positions.
+
+    ::
+
+        BOS head | prefix of clip 0 | tail, answer | tail, answer | BOS head | prefix of clip 1 | ...
+
+    Masked tokens of the prefix are left out. Questions of one clip do not see each other.
+    """
 
     tokens: dict[str, Tensor]
-    """`audio`, `video`, `image`: (B, T, D) float32; `image_cls`: (B, D). Zeros where masked."""
+    """`audio`, `video`, `image`: (C, T, D) float32; `image_cls`: (C, D). Zeros where masked."""
     masks: dict[str, Tensor]
-    """`audio`, `video`, `image`: (B, T) bool, True where valid."""
-    head_ids: Tensor
-    """(H,) int64: BOS and the text before the prefix, equal for all samples."""
+    """`audio`, `video`, `image`: (C, T) bool, True where valid."""
     text_ids: Tensor
-    """(B, S) int64."""
-    text_mask: Tensor
-    """(B, S) bool, False on padding."""
-    labels: Tensor
-    """(B, S) int64: the answer's ids where supervised, -100 elsewhere."""
+    """(S,) int64: the head, once, then tails and answers."""
+    order: Tensor
+    """(N,) int64: what stands at each position: i < S is text i, S + c P + p is token p of the
+    prefix of clip c, P long."""
+    position_ids: Tensor
+    """(N,) int64: counted within a clip; each question continues behind the prefix."""
+    segments: Segments
+    """Which positions see which."""
+    predict: Tensor
+    """(K,) int64: positions whose next token is supervised."""
+    targets: Tensor
+    """(K,) int64: those tokens."""
+    weights: Tensor
+    """(K,) float32: how much each counts; over an answer they sum to 1, or are 1 each."""
+    answer_of: Tensor
+    """(K,) int64: number of the answer, in [0, A), that each belongs to."""
+    uids: tuple[str, ...]
+    """Of each answer (or question), A in all."""
+    tasks: tuple[str, ...]
+    """Of each answer (or question)."""
 
 
 @dataclass(frozen=True)
-class ClipViews:
-    """The views of one clip."""
+class Question:
+    """A rendered question about a clip, with its answer in training."""
 
-    tokens: dict[str, npt.NDArray[np.float32]]
-    """As in `PrefixBatch`, without the batch axis."""
-    masks: dict[str, npt.NDArray[np.bool_]]
-
-    @property
-    def n_bytes(self) -> int:
-        """Memory that the arrays take."""
-        return sum(a.nbytes for a in self.tokens.values())
+    task: str
+    prompt: PromptTokens
 
 
-class ViewReader:
-    """Reads clips from a store and applies a preset's views."""
+@dataclass(frozen=True)
+class Group:
+    """A clip with its questions, ready to be laid out; all see the same streams."""
 
-    def __init__(self, store: TokenStore, preset: Preset) -> None:
-        """Resolve the preset's specs against the store.
-
-        Raises:
-            SpecMismatchError: The store holds other specs, or cannot serve a view.
-            CacheMissError: A stream was never extracted.
-        """
-        self.store = store
-        self.specs: dict[Stream, TokenSpec] = {
-            spec.stream: store.resolve(spec) for spec in preset.tokens.all()
-        }
-        self._sources = {spec.stream: store.sources(spec) for spec in preset.tokens.all()}
-        self._readers = {
-            source.spec_id: TokenReader(
-                store, {stream: source}, {stream: getattr(preset.views, stream)}, missing="mask"
-            )
-            for stream, sources in self._sources.items()
-            for source in sources
-        }
-        self._memory_left = preset.data.memory_bytes
-        self._memory: dict[str, ClipViews] = {}
+    record: Record
+    questions: tuple[Question, ...]
+    hidden: tuple[str, ...] = ()
+    """Streams that are masked though the clip may have them."""
+    n_prefix: int = 0
+    """Valid tokens of the prefix."""
 
     @property
-    def resolved(self) -> Tokens:
-        """The stored specs."""
-        return Tokens(**{stream: spec for stream, spec in self.specs.items()})
+    def n_positions(self) -> int:
+        """Positions that the group takes in a batch."""
+        prompts = [q.prompt for q in self.questions]
+        text = sum(len(p.tail_ids) + len(p.answer_ids) for p in prompts)
+        return len(prompts[0].head_ids) + self.n_prefix + text
 
-    def statuses(self, record: Record) -> dict[Stream, Status]:
-        """Return what the store knows of a record; raises CacheMissError if anything is missing."""
-        return {stream: self._find(stream, record)[1].status for stream in self.specs}
+    @property
+    def longest(self) -> int:
+        """Positions of its longest question with the prefix: what a context must hold."""
+        prompts = [q.prompt for q in self.questions]
+        text = max(len(p.tail_ids) + len(p.answer_ids) for p in prompts)
+        return len(prompts[0].head_ids) + self.n_prefix + text
 
-    def _find(self, stream: Stream, record: Record) -> tuple[TokenSpec, Entry]:
-        """Return the stored spec that has a record's clip, and the entry.
-
-        Raises:
-            CacheMissError: None has.
-        """
-        spec = self.specs[stream]
-        key = record.token_key(spec)
-        found = self.store.find(self._sources[stream], key)
-        return found if found is not None else (spec, self.store.entry(spec, key, record.uid))
-
-    def read(self, record: Record, masked: Collection[str] = ()) -> ClipViews:
-        """Return a record's views; a stream without tokens, or in `masked`, is masked.
-
-        Raises:
-            CacheMissError: A stream was never extracted for this clip.
-            CorruptTokensError: Stored bytes are damaged.
-        """
-        known = self._memory.get(record.uid)
-        if known is None:
-            known = self._read(record)
-            if known.n_bytes <= self._memory_left:
-                self._memory_left -= known.n_bytes
-                self._memory[record.uid] = known
-        if not masked:
-            return known
-        tokens, masks = dict(known.tokens), dict(known.masks)
-        for stream in masked:
-            masks[stream] = np.zeros_like(masks[stream])
-            for name in (stream, "image_cls") if stream == "image" else (stream,):
-                tokens[name] = np.zeros_like(tokens[name])
-        return ClipViews(tokens, masks)
-
-    def _read(self, record: Record) -> ClipViews:
-        tokens: dict[str, npt.NDArray[np.float32]] = {}
-        masks: dict[str, npt.NDArray[np.bool_]] = {}
-        for stream in self.specs:
-            source, _ = self._find(stream, record)
-            found = self._readers[source.spec_id].read([record])[stream]
-            tokens[stream], masks[stream] = found.tokens[0].numpy(), found.mask[0].numpy()
-            if found.cls is not None:
-                tokens["image_cls"] = found.cls[0].numpy()
-        return ClipViews(tokens, masks)
-
-
-def usable(records: Sequence[Record], reader: ViewReader, data: DataConfig) -> list[Record]:
-    """Apply the choice about absent and failed streams to every record, before anything runs.
-
-    Returns:
-        The records to use. One without a single valid stream is never among them.
-
-    Raises:
-        CacheMissError: A clip was never extracted, or the choice is to refuse.
-    """
-    kept = []
-    for record in records:
-        found = reader.statuses(record)
-        for status, choice in ((Status.ABSENT, data.absent), (Status.FAILED, data.failed)):
-            streams = [stream for stream in STREAMS if found[stream] is status]
-            if streams and choice == "refuse":
-                raise CacheMissError(
-                    f"{record.uid}: {', '.join(streams)} is {status.value}, and data.{status.value} is "
-                    f"'refuse'. Set data.{status.value}=mask or data.{status.value}=drop, or "
-                    f"{'extract again with --retry-failed' if status is Status.FAILED else 'leave it out'}."
-                )
-            if streams and choice == "drop":
-                break
-        else:
-            if any(status is Status.OK for status in found.values()):
-                kept.append(record)
-    return kept
+    @property
+    def n_answer_tokens(self) -> int:
+        """Supervised tokens."""
+        return sum(len(q.prompt.answer_ids) for q in self.questions)
 
 
 class Renderer:
     """Renders records to token ids by one preset, tokenizer and label space."""
 
     def __init__(self, preset: Preset, tokenizer: TextTokenizer, labels: LabelSpace) -> None:
-        """Read the instruction pools; raises SchemaError if they are damaged."""
+        """Read the instruction pools and the chat template.
+
+        Raises:
+            SchemaError: Damaged pools, or a chat template that cannot be used.
+        """
         self.preset = preset
         self.tokenizer = tokenizer
         self.labels = labels
         self.pools: InstructionPools = load_instructions(preset.prompt.instructions)
+        self.turns = turns_of(tokenizer, preset.prompt.chat)
 
-    def prompt(self, record: Record, task: str, epoch: int, *, with_answer: bool) -> PromptTokens:
-        """Render and tokenize one record.
+    def question(
+        self, record: Record, ask: Ask, *, with_answer: bool, vary: bool = True
+    ) -> Question:
+        """Render and tokenize one question about a record.
 
-        With an answer, for training, instruction and option order vary by pass; without, the
-        record's first instruction and the native order are used.
+        Args:
+            record: About whom.
+            ask: Task and pass.
+            with_answer: True in training and validation.
+            vary: Options in another order each pass, and perhaps not all, see `PromptConfig`. False, for
+                validation and evaluation, lists all in native order.
+
+        Raises:
+            SchemaError: The record lacks what the task needs, or its label is not an option.
         """
-        config = self.preset.prompt
-        seed = self.preset.seed
+        config, seed = self.preset.prompt, self.preset.seed
+        labels: Sequence[str] = self.labels.labels
+        if config.option_list == "label_conditional" and vary:
+            labels = option_list(
+                labels,
+                record.label,
+                seed,
+                record.uid,
+                ask.epoch,
+                neutral_free_share=config.neutral_free_share,
+            )
         rendered = render(
-            task,
-            choose_instruction(task, seed, record.uid, epoch, self.pools),
-            option_order(self.labels.labels, seed, record.uid, epoch, shuffle=with_answer),
+            ask.task,
+            choose_instruction(ask.task, seed, record.uid, ask.epoch, self.pools),
+            option_order(labels, seed, record.uid, ask.epoch, shuffle=vary),
             subtitle=record.subtitle if config.use_subtitle else None,
-            label=record.label if with_answer else None,
-            description=record.description if with_answer and task == "think" else None,
+            label=record.label,
+            description=record.description,
+            audio_description=record.audio_description,
+            image_description=record.image_description,
+            with_answer=with_answer,
             prompt_style=config.style,
+            answer_norm=config.answer_norm,
+            turns=self.turns,
         )
-        return tokenize(rendered, self.tokenizer, max_answer_tokens=config.max_answer_tokens)
+        prompt = tokenize(
+            rendered,
+            self.tokenizer,
+            max_answer_tokens=config.max_answer_tokens,
+            turns=self.turns,
+        )
+        return Question(ask.task, prompt)
 
 
-@dataclass(frozen=True)
-class Item:
-    """One sample, ready to be collated."""
-
-    views: ClipViews
-    prompt: PromptTokens
+def model_arguments(batch: PrefixBatch) -> dict[str, Any]:
+    """Return what `EmotionLlama.forward` takes of a batch: all but the names, of which the count."""
+    found: dict[str, Any] = {k: v for k, v in batch.items() if k not in ("uids", "tasks")}
+    return {**found, "n_answers": len(batch["uids"])}
 
 
-class TrainDataset(Dataset[Item]):
-    """The samples of a stage, in the order in which they are trained."""
-
-    def __init__(self, mixture: Mixture, reader: ViewReader, renderer: Renderer) -> None:
-        """Bind a sequence of samples to a store and a renderer."""
-        self.mixture = mixture
-        self.reader = reader
-        self.renderer = renderer
-
-    def __len__(self) -> int:
-        return len(self.mixture)
-
-    def __getitem__(self, place: int) -> Item:
-        sample = self.mixture[place]
-        prompt = self.renderer.prompt(sample.record, sample.task, sample.epoch, with_answer=True)
-        return Item(self.reader.read(sample.record), prompt)
+def prefix_masks(preset: Preset, masks: Mapping[str, Tensor]) -> Tensor:
+    """Return which prefix tokens are valid, (C, P) bool, in the order of the prefix."""
+    audio, image, video = masks["audio"], masks["image"], masks["video"]
+    fused = fused_mask(preset.model.fusion, audio, image.any(dim=1), video)
+    blocks = {**masks, "fusion": fused}
+    return torch.cat([blocks[name] for name in preset.layout().names], dim=1)
 
 
-def collate(items: Sequence[Item]) -> PrefixBatch:
-    """Stack items to a batch; text is right-padded with id 0 and masked."""
-    texts = [(*i.prompt.tail_ids, *i.prompt.answer_ids) for i in items]
-    size = max(map(len, texts))
-    text_ids = torch.zeros(len(items), size, dtype=torch.long)
-    labels = torch.full((len(items), size), IGNORE)
-    text_mask = torch.zeros(len(items), size, dtype=torch.bool)
-    for row, (item, ids) in enumerate(zip(items, texts, strict=True)):
-        text_ids[row, : len(ids)] = torch.tensor(ids)
-        text_mask[row, : len(ids)] = True
-        n_tail = len(item.prompt.tail_ids)
-        labels[row, n_tail : len(ids)] = text_ids[row, n_tail : len(ids)]
-    first = items[0].views
+def collate(
+    preset: Preset,
+    groups: Sequence[Group],
+    views: Views,
+    loss_average: Literal["sample", "token"] = "sample",
+) -> PrefixBatch:
+    """Lay clips and their questions end to end.
+
+    Args:
+        preset: Layout of the prefix, masks.
+        groups: C clips.
+        views: Of the same clips, in the same order.
+        loss_average: What counts the same in the loss, every answer or every token.
+    """
+    masks = views.masks
+    if not preset.data.mask_missing:
+        masks = {name: torch.ones_like(mask) for name, mask in masks.items()}
+    valid = prefix_masks(preset, masks).numpy()
+    n_prefix = valid.shape[1]
+    head = groups[0].questions[0].prompt.head_ids
+    text = list(head)
+    prompts = [q.prompt for group in groups for q in group.questions]
+    n_text = len(head) + sum(len(p.tail_ids) + len(p.answer_ids) for p in prompts)
+    order: list[Any] = []
+    places: list[Any] = []
+    rows: list[tuple[int, int, int, int]] = []
+    predict: list[Any] = []
+    targets: list[int] = []
+    answer_of: list[int] = []
+    at = number = 0
+    for clip, group in enumerate(groups):
+        shared = np.flatnonzero(valid[clip]) + n_text + clip * n_prefix
+        n_shared = len(head) + len(shared)
+        order += [np.arange(len(head)), shared]
+        places.append(np.arange(n_shared))
+        start, first = at, at
+        at += n_shared
+        if len(group.questions) > 1:
+            rows.append((start, at, start, start))
+        for question in group.questions:
+            tail, answer = question.prompt.tail_ids, question.prompt.answer_ids
+            n = len(tail) + len(answer)
+            order.append(np.arange(len(text), len(text) + n))
+            places.append(np.arange(n_shared, n_shared + n))
+            text += [*tail, *answer]
+            if len(group.questions) > 1:
+                rows.append((at, at + n, first, first + n_shared))
+            else:
+                rows.append((start, at + n, start, start))
+            # The token at position i is predicted at position i - 1.
+            predict.append(np.arange(at + len(tail) - 1, at + n - 1))
+            targets += answer
+            answer_of += [number] * len(answer)
+            at, number = at + n, number + 1
+    counts = np.bincount(answer_of, minlength=number) if targets else np.ones(number)
+    by_answer = loss_average == "sample"
     return PrefixBatch(
-        tokens={
-            name: torch.from_numpy(np.stack([i.views.tokens[name] for i in items]))
-            for name in first.tokens
-        },
-        masks={
-            name: torch.from_numpy(np.stack([i.views.masks[name] for i in items]))
-            for name in first.masks
-        },
-        head_ids=torch.tensor(items[0].prompt.head_ids),
-        text_ids=text_ids,
-        text_mask=text_mask,
-        labels=labels,
+        tokens=views.tokens,
+        masks=masks,
+        text_ids=torch.tensor(text),
+        order=torch.from_numpy(np.concatenate(order)),
+        position_ids=torch.from_numpy(np.concatenate(places)),
+        segments=Segments(tuple(rows)),
+        predict=torch.from_numpy(np.concatenate(predict)),
+        targets=torch.tensor(targets, dtype=torch.long),
+        weights=torch.tensor(
+            [1 / counts[i] if by_answer else 1.0 for i in answer_of], dtype=torch.float32
+        ),
+        answer_of=torch.tensor(answer_of, dtype=torch.long),
+        uids=tuple(group.record.uid for group in groups for _ in group.questions),
+        tasks=tuple(q.task for group in groups for q in group.questions),
     )

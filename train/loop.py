@@ -1,47 +1,51 @@
-"""Train the stages of a preset from cached tokens, resumable at every checkpoint.
+"""Train the stages of a preset from cached tokens, resumable behind any step.
 
-The loop is transformers' Trainer (accelerate below it). Three things are ours: which sample comes
-when (`train.mixture`, a pure function of the seed), what a checkpoint holds (`train.checkpoint`,
-the trained parts only), and that Ctrl-C saves before it stops.
+::
+
+    mixture -> groups -> packs -> loader (threads) -> model -> loss -> AdamW -> checkpoint
+    (which    (rendered  (which   (reads views,      (trained parts and
+    sample)   questions) share)    lays them out)     the frozen LLM)
+
+What is trained on at a step, and every random number, follows from the configuration and the step
+alone: a run that was stopped, killed or moved continues as if nothing had happened.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import math
-import signal
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from types import FrameType
-from typing import Any, cast
+from typing import Any
 
-import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from torch import nn
 
 from cache.clip import Record
-from cache.errors import CheckpointError, ManifestError, SpecMismatchError, StoppedError
+from cache.errors import ManifestError, SchemaError
+from cache.labels import LabelSpace
 from cache.manifest import Manifest
-from cache.spec import describe_differences, differences
 from cache.store import TokenStore
-from train.checkpoint import RunInfo, load_trained, read_run, save_trained, write_run
-from train.config import OptimConfig, Preset, StageConfig
-from train.data import Renderer, TrainDataset, ViewReader, collate, usable
-from train.mixture import Mixture
+from train.backbone import context_length
+from train.checkpoint import TrainState, last_checkpoint, load_trained, trained_folder
+from train.config import Preset, StageConfig
+from train.data import Renderer
+from train.interrupt import Interrupt
+from train.loading import Loader
+from train.mixture import Ask, Mixture, can_answer
 from train.model import EmotionLlama, build
+from train.monitor import Monitor, Tracker, check_trackers
+from train.packing import Grouper, Planner, PlanState
+from train.parallel import Parallel, Processes
+from train.reading import ViewReader, usable
+from train.run import RunInfo, continued, versions, write_run
+from train.stage import OnStep, StageTrainer
+from train.validation import Validation
 
 logger = logging.getLogger(__name__)
-
-OnStep = Callable[[str, int, int, dict[str, float]], None]
-"""Called as (stage, step, n_steps, latest logged numbers) after every optimizer step."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,10 @@ def train(
     store: TokenStore,
     run: Path,
     on_step: OnStep | None = None,
+    *,
+    device: str | None = "cpu",
+    parallel: Parallel = "ddp",
+    trackers: Sequence[Tracker] = (),
 ) -> TrainResult:
     """Train every stage that is not finished yet.
 
@@ -71,64 +79,190 @@ def train(
         store: Committed tokens of every stream.
         run: Folder of outputs; an existing one of the same configuration is continued.
         on_step: Progress.
+        device: Torch device; None takes a GPU where there is one.
+        parallel: How several processes share the model, see `train.parallel`.
+        trackers: Services that are told beside TensorBoard.
 
     Raises:
-        CheckpointError: The folder holds a run of another configuration.
+        CheckpointError: The folder holds a run of another configuration, or a damaged checkpoint.
         SpecMismatchError: The store does not hold what the preset asks for.
         CacheMissError: Clips of the training split were never extracted.
-        StoppedError: Ctrl-C; the state is saved.
+        ManifestError: No labels, or no record for a task of the mixture.
+        StoppedError: Ctrl-C or a signal; the state is saved.
+        DivergedError: The loss is not finite or absurd.
     """
-    space = manifest.header.label_space
-    if space is None:
+    check_trackers(trackers)
+    if preset.model.llm.dtype == "float16":
+        raise SchemaError(
+            "model.llm.dtype=float16 cannot be trained: small gradients vanish without loss scaling. "
+            "Use bfloat16, or float32."
+        )
+    processes = Processes(device, parallel)
+    try:
+        job = _Job(preset, manifest, manifest_path, store, run, processes)
+        return job.run_stages(on_step, trackers)
+    finally:
+        processes.leave()
+
+
+class _Job:
+    """A run with everything that its stages share."""
+
+    def __init__(
+        self,
+        preset: Preset,
+        manifest: Manifest,
+        manifest_path: Path,
+        store: TokenStore,
+        run: Path,
+        processes: Processes,
+    ) -> None:
+        self._space = _label_space(manifest, manifest_path)
+        self._reader = ViewReader(store, preset, pin_memory=processes.device.type == "cuda")
+        self._preset = preset.model_copy(update={"tokens": self._reader.resolved})
+        self._run, self._processes = run, processes
+        data = preset.data
+        self._records = usable(manifest.select(data.train_split), self._reader, data)
+        self._val_records: list[Record] = []
+        if data.val_split is not None and data.val_split in manifest.splits:
+            self._val_records = usable(manifest.select(data.val_split), self._reader, data)
+        records_sha256 = _digest(self._records)
+        self._previous = continued(run, self._preset, records_sha256)
+        # A mixture that cannot be drawn is refused before the model is loaded.
+        self._mixtures = [
+            Mixture(self._records, stage, preset.seed + number, self._reader.streams_of)
+            for number, stage in enumerate(preset.stages)
+        ]
+        processes.wait()  # nobody writes before everybody looked
+        self.info = processes.same(
+            self._previous
+            or RunInfo(
+                run_id=uuid.uuid4().hex[:12],
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                manifest=str(manifest_path),
+                store=store.root,
+                records_sha256=records_sha256,
+                label_space=self._space,
+                versions=versions(),
+                trainable={},
+            )
+        )
+
+    def run_stages(self, on_step: OnStep | None, trackers: Sequence[Tracker]) -> TrainResult:
+        """Train what is left; see `train`."""
+        preset, info = self._preset, self.info
+        left = [stage for stage in preset.stages if stage.name not in info.finished]
+        if not left:
+            return TrainResult(self._run, info, 0)
+        _warn_of_other_code(info)
+        model, tokenizer = build(preset)
+        begun = last_checkpoint(self._run / left[0].name)
+        if begun is not None:
+            load_trained(model, begun[0])
+        elif info.finished:
+            load_trained(model, self._run / info.finished[-1] / "final")
+        elif preset.init is not None:
+            load_trained(model, trained_folder(Path(preset.init)))
+        trainable = model.trainable()
+        vocabulary = int(model.llm.get_input_embeddings().num_embeddings)
+        limit = context_length(model.llm.get_base_model())
+        model.set_execution(preset.execution)
+        renderer = Renderer(preset, tokenizer, self._space)
+        grouper = Grouper(preset, self._reader, renderer, limit)
+        check_lengths(self._records + self._val_records, preset, grouper, self._reader, limit)
+        wrapped = self._processes.wrap(model)
+        self._write(info := info.model_copy(update={"trainable": trainable}))
+        n_steps = 0
+        with Interrupt() as interrupt:
+            for stage in left:
+                started = time.monotonic()
+                state = begun[1] if begun is not None else self._fresh(stage)
+                begun = None
+                done = self._train_stage(
+                    stage, model, wrapped, grouper, state, vocabulary, interrupt, on_step, trackers
+                )
+                n_steps += done
+                info = info.model_copy(
+                    update={
+                        "finished": (*info.finished, stage.name),
+                        "seconds": {**info.seconds, stage.name: time.monotonic() - started},
+                    }
+                )
+                self._write(info)
+        return TrainResult(self._run, info, n_steps)
+
+    def _train_stage(
+        self,
+        stage: StageConfig,
+        model: EmotionLlama,
+        wrapped: nn.Module,
+        grouper: Grouper,
+        state: TrainState,
+        vocabulary: int,
+        interrupt: Interrupt,
+        on_step: OnStep | None,
+        trackers: Sequence[Tracker],
+    ) -> int:
+        """Train one stage to its end; return the steps that this took."""
+        preset, processes = self._preset, self._processes
+        mixture = self._mixtures[preset.stages.index(stage)]
+        validation = None
+        if self._val_records:
+            found = Validation(self._val_records, stage, preset, self._reader, grouper)
+            validation = found if len(found) else None
+        monitor = None
+        if processes.is_first:
+            settings: dict[str, Any] = preset.model_dump(mode="json")
+            monitor = Monitor(self._run, stage.name, state.step, settings, trackers)
+        trainer = StageTrainer(
+            preset,
+            stage,
+            model,
+            wrapped,
+            processes,
+            lambda planner: Loader(
+                planner,
+                self._reader,
+                preset,
+                loss_average=stage.optim.loss_average,
+                rank=processes.rank,
+                n_processes=processes.n,
+            ),
+            lambda at: Planner(mixture, grouper.groups, stage.optim, processes.n, at.plan),
+            validation,
+            self._run / stage.name,
+            state,
+            vocabulary=vocabulary,
+            monitor=monitor,
+            on_step=on_step if processes.is_first else None,
+        )
+        try:
+            after = trainer.run(interrupt)
+            trainer.write_final()
+        finally:
+            if monitor is not None:
+                monitor.close()
+        return after.step - state.step
+
+    def _fresh(self, stage: StageConfig) -> TrainState:
+        specs = {spec.stream: spec.spec_id for spec in self._preset.tokens.all()}
+        return TrainState(
+            stage=stage.name, step=0, plan=PlanState(), spec_ids=specs, versions=versions()
+        )
+
+    def _write(self, info: RunInfo) -> None:
+        if self._processes.is_first:
+            write_run(self._run, self._preset, info)
+        self._processes.wait()
+
+
+def _label_space(manifest: Manifest, path: Path) -> LabelSpace:
+    if manifest.header.label_space is None:
         raise ManifestError(
-            f"{manifest_path}: no labels, so there is nothing to train on. "
+            f"{path}: no labels, so there is nothing to train on. "
             "Index with a table: emocache index DIR --out FILE --labels labels.csv"
         )
-    reader = ViewReader(store, preset)
-    preset = preset.model_copy(update={"tokens": reader.resolved})
-    records = usable(manifest.select(preset.data.train_split), reader, preset.data)
-    records_sha256 = _digest(records)
-    previous = _continue(run, preset, records_sha256)
-    if previous is not None and len(previous.finished) == len(preset.stages):
-        return TrainResult(run, previous, 0)
-    model, tokenizer = build(preset)
-    renderer = Renderer(preset, tokenizer, space)
-    info = previous or RunInfo(
-        run_id=uuid.uuid4().hex[:12],
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        manifest=str(manifest_path),
-        store=store.root,
-        records_sha256=records_sha256,
-        label_space=space,
-        versions=versions(),
-        trainable=model.trainable(),
-    )
-    write_run(run, preset, info)
-    n_steps = 0
-    for number, stage in enumerate(preset.stages):
-        if stage.name in info.finished:
-            load_trained(model, run / stage.name / "final")
-            continue
-        n_samples = stage.n_steps * stage.optim.batch_size * stage.optim.accumulate
-        mixture = Mixture(records, stage.tasks, n_samples, seed=preset.seed + number)
-        dataset = TrainDataset(mixture, reader, renderer)
-        started = time.monotonic()
-        n_steps += train_stage(preset, stage, model, dataset, run, on_step)
-        save_trained(model, run / stage.name / "final")
-        info = info.model_copy(
-            update={
-                "finished": (*info.finished, stage.name),
-                "seconds": {**info.seconds, stage.name: time.monotonic() - started},
-            }
-        )
-        write_run(run, preset, info)
-    return TrainResult(run, info, n_steps)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that decide numbers."""
-    names = ("emocache", "torch", "transformers", "peft", "accelerate", "numpy", "zarr")
-    return {name: metadata.version(name) for name in names}
+    return manifest.header.label_space
 
 
 def _digest(records: Sequence[Record]) -> str:
@@ -139,220 +273,37 @@ def _digest(records: Sequence[Record]) -> str:
     return sha.hexdigest()
 
 
-def _continue(run: Path, preset: Preset, records_sha256: str) -> RunInfo | None:
-    """Return what an existing run has finished; refuse another configuration or other records."""
-    if not run.exists() or not any(run.iterdir()):
-        return None
-    known, info = read_run(run)
-    fields = differences(preset, known)
-    if fields:
-        raise CheckpointError(
-            f"{run}: holds a run of another configuration ({describe_differences(fields)}). "
-            "Give another --out, or the settings of that run."
+def _warn_of_other_code(info: RunInfo) -> None:
+    """Say so if a run continues under other versions: its numbers may then differ a little."""
+    now = versions()
+    other = [f"{n} {now.get(n)} (was {v})" for n, v in info.versions.items() if now.get(n) != v]
+    if other:
+        logger.warning(
+            "this run was begun with other versions: %s. It continues, but not bit for bit.",
+            ", ".join(other),
         )
-    if info.records_sha256 != records_sha256:
-        raise CheckpointError(
-            f"{run}: was trained on other records (manifest {info.manifest}, or the clips that the "
-            "store could serve). Give another --out, or that manifest and store."
-        )
-    return info
 
 
-def train_stage(
+def check_lengths(
+    records: Sequence[Record],
     preset: Preset,
-    stage: StageConfig,
-    model: EmotionLlama,
-    dataset: TrainDataset,
-    run: Path,
-    on_step: OnStep | None = None,
-) -> int:
-    """Train one stage, from its last checkpoint if there is one.
-
-    Returns:
-        Optimizer steps that this call ran.
+    grouper: Grouper,
+    reader: ViewReader,
+    limit: int | None,
+) -> None:
+    """Render, before anything is trained, the records whose text might not fit into the context.
 
     Raises:
-        StoppedError: Ctrl-C; the state is saved.
+        SchemaError: One does not.
     """
-    folder = run / stage.name
-    optim = stage.optim
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=stage.n_steps,
-        per_device_train_batch_size=optim.batch_size,
-        gradient_accumulation_steps=optim.accumulate,
-        max_grad_norm=optim.grad_clip or 0.0,
-        train_sampling_strategy="sequential",  # the mixture is the order
-        logging_steps=preset.log_every_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        save_steps=preset.save_every_steps,
-        save_total_limit=2,
-        remove_unused_columns=False,
-        report_to=[],
-        disable_tqdm=True,
-        seed=preset.seed,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    optimizer = make_optimizer(model, optim)
-    schedule = get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer, optim.warmup_steps, stage.n_steps, min_lr=optim.lr_min
-    )
-    recorder = _Recorder(stage, run, on_step)
-    trainer = _Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        data_collator=cast(Any, collate),
-        optimizers=(optimizer, schedule),
-        callbacks=[recorder],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    last = _last_checkpoint(folder)
-    with recorder.listening():
-        trainer.train(resume_from_checkpoint=last)
-    if recorder.interrupted:
-        raise StoppedError(
-            f"stopped at step {trainer.state.global_step} of {stage.n_steps} in {stage.name}; the "
-            "state is saved. Run the same command again to continue."
-        )
-    return recorder.n_steps
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """Return the newest checkpoint of a stage that was written to its end."""
-    # Trainer writes trainer_state.json last; a folder without it was being written when killed.
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    return str(max(found, key=lambda p: int(p.name.rpartition("-")[2]))) if found else None
-
-
-def make_optimizer(model: torch.nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters; only matrices decay."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=optim.lr,
-        betas=optim.betas,
-    )
-
-
-class _Trainer(Trainer):
-    """Trainer whose checkpoints hold the trained parts only."""
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        assert output_dir is not None
-        save_trained(self._plain_model(), Path(output_dir))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_trained(self._plain_model(), Path(resume_from_checkpoint))
-
-    def _plain_model(self) -> EmotionLlama:
-        plain = self.accelerator.unwrap_model(self.model)
-        assert isinstance(plain, EmotionLlama)
-        return plain
-
-
-class _Recorder(TrainerCallback):
-    """Writes metrics, reports progress, and turns Ctrl-C into save-and-stop."""
-
-    def __init__(self, stage: StageConfig, run: Path, on_step: OnStep | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.interrupted = False
-        self.n_steps = 0
-        self._stage = stage
-        self._metrics = run / "metrics.jsonl"
-        self._board: Any = SummaryWriter(run / "tensorboard" / stage.name)
-        self._on_step = on_step
-        self._latest: dict[str, float] = {}
-        self._since = time.monotonic()
-        self._logged_step = 0
-
-    def listening(self) -> _Listening:
-        return _Listening(self)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._since, self._logged_step = time.monotonic(), state.global_step
-        _drop_later_metrics(self._metrics, self._stage.name, state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        self.n_steps += 1
-        if self._on_step is not None:
-            self._on_step(self._stage.name, state.global_step, self._stage.n_steps, self._latest)
-        if self.interrupted:
-            control.should_save = True
-            control.should_training_stop = True
-        return control
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if "loss" not in (logs or {}):
-            return
-        loss = float(logs["loss"])
-        if not math.isfinite(loss):
-            raise SpecMismatchError(
-                f"the loss became {loss} at step {state.global_step} of {self._stage.name}. Lower "
-                f"the learning rate (stages.N.optim.lr, now {self._stage.optim.lr}) or set "
-                "stages.N.optim.grad_clip=1.0; the last checkpoint is good."
-            )
-        now = time.monotonic()
-        steps = state.global_step - self._logged_step
-        samples = steps * self._stage.optim.batch_size * self._stage.optim.accumulate
-        self._latest = {
-            "loss": loss,
-            "learning_rate": float(logs["learning_rate"]),
-            "samples_per_s": samples / max(now - self._since, 1e-9),
-        }
-        self._since, self._logged_step = now, state.global_step
-        row = {"stage": self._stage.name, "step": state.global_step, **self._latest}
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in self._latest.items():
-            self._board.add_scalar(name, value, state.global_step)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._board.close()
-
-
-class _Listening:
-    """Ctrl-C once: save and stop after this step. Twice: stop at once."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        self._recorder = recorder
-        self._before: Any = None
-
-    def __enter__(self) -> None:
-        try:
-            self._before = signal.signal(signal.SIGINT, self._on_signal)
-        except ValueError:  # not in the main thread, where signals cannot arrive either
-            self._before = None
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._recorder.interrupted:
-            raise KeyboardInterrupt
-        self._recorder.interrupted = True
-        logger.warning("stopping after this step; press Ctrl-C again to stop at once")
-
-
-def _drop_later_metrics(path: Path, stage: str, step: int) -> None:
-    """Remove lines of steps that a resumed stage is going to run again."""
-    if not path.is_file():
+    if limit is None:
         return
-    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    kept = []
-    for line in rows:
-        try:
-            row = json.loads(line)
-        except ValueError:  # the last line of a killed process
-            continue
-        if row.get("stage") != stage or int(row.get("step", 0)) <= step:
-            kept.append(line)
-    if kept != rows:
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    # No token is shorter than a byte, and instructions stay well below this.
+    room = limit - preset.layout().total - 1000
+    tasks = {task for stage in preset.stages for task in stage.tasks}
+    for record in records:
+        texts = (record.subtitle, record.description)
+        if sum(len(text.encode()) for text in texts if text) > room:
+            for task in sorted(tasks):
+                if can_answer(record, task, reader.streams_of):
+                    grouper.group(record, [Ask(task, 0)], with_answer=True)

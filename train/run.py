@@ -1,0 +1,117 @@
+"""The folder of a run: who made it, from what, with which settings.
+
+::
+
+    RUN/config.json        the resolved preset, with the spec of every stream
+    RUN/run.json           run id, manifest and store, library versions, finished stages
+    RUN/metrics.jsonl      one JSON object per logged step and per validation
+    RUN/tensorboard/       the same for TensorBoard
+    RUN/<stage>/final/     the trained parts, see `train.checkpoint`
+    RUN/<stage>/best-N/    the same, of the best validation, behind step N
+    RUN/<stage>/checkpoint-N/   the same, with all that is needed to continue behind step N
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import metadata
+from pathlib import Path
+
+from pydantic import Field
+
+from cache.errors import CheckpointError
+from cache.files import write_text_aside
+from cache.labels import LabelSpace
+from cache.schema import Model, decode_json
+from cache.spec import describe_differences, differences
+from train.config import Preset
+
+_PACKAGES = ("cache", "train")
+"""Whose code decides what a training step computes."""
+
+
+class RunInfo(Model):
+    """Who made a run, from what."""
+
+    schema_version: int = 1
+    run_id: str
+    created: str
+    """UTC, ISO 8601."""
+    manifest: str
+    store: str
+    records_sha256: str
+    """Digest of the training records: uid, clip, label, subtitle, description of each."""
+    label_space: LabelSpace | None
+    """None of an imported checkpoint: whoever evaluates it brings the labels."""
+    versions: dict[str, str]
+    """Library -> version; `code` is a digest of this project's own."""
+    trainable: dict[str, int]
+    """Component -> trained parameters."""
+    finished: tuple[str, ...] = ()
+    """Stages that are complete, in order."""
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """Stage -> training time of the process that finished it."""
+
+
+def write_run(run: Path, preset: Preset, info: RunInfo) -> None:
+    """Write config.json and run.json, each whole or not at all."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_text_aside(run / "config.json", preset.model_dump_json(indent=2) + "\n")
+    write_text_aside(run / "run.json", info.model_dump_json(indent=2) + "\n")
+
+
+def read_run(run: Path) -> tuple[Preset, RunInfo]:
+    """Read a run's configuration.
+
+    Raises:
+        CheckpointError: Not a run.
+        SchemaError: Damaged files.
+    """
+    if not (run / "run.json").is_file() or not (run / "config.json").is_file():
+        raise CheckpointError(
+            f"{run}: not a run (needs config.json and run.json). Create one with: "
+            f"emocache train PRESET --manifest ... --store ... --out {run}"
+        )
+    preset = decode_json(Preset, (run / "config.json").read_bytes(), str(run / "config.json"))
+    info = decode_json(RunInfo, (run / "run.json").read_bytes(), str(run / "run.json"))
+    return preset, info
+
+
+def continued(run: Path, preset: Preset, records_sha256: str) -> RunInfo | None:
+    """Return what an existing run has finished; None of a new one.
+
+    Raises:
+        CheckpointError: The folder holds something else, a run of another configuration (lists the
+            fields; `execution` may differ), or one on other records.
+    """
+    if not run.exists() or not any(run.iterdir()):
+        return None
+    known, info = read_run(run)
+    fields = differences(preset, known.model_copy(update={"execution": preset.execution}))
+    if fields:
+        raise CheckpointError(
+            f"{run}: holds a run of another configuration ({describe_differences(fields)}). "
+            "Give another --out, or the settings of that run."
+        )
+    if info.records_sha256 != records_sha256:
+        raise CheckpointError(
+            f"{run}: was trained on other records (manifest {info.manifest}, or the clips that the "
+            "store could serve). Give another --out, or that manifest and store."
+        )
+    return info
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the code that decides numbers."""
+    names = ("emocache", "torch", "transformers", "peft", "numpy", "zarr")
+    return {**{name: metadata.version(name) for name in names}, "code": code_digest()}
+
+
+def code_digest() -> str:
+    """Return the first digits of a digest over this project's code for cache and training."""
+    sha = hashlib.sha256()
+    root = Path(__file__).resolve().parents[1]
+    for package in _PACKAGES:
+        for file in sorted((root / package).rglob("*.py")):
+            sha.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return sha.hexdigest()[:16]
