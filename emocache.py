@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +17,20 @@ from typer.core import TyperGroup
 from eval.console import DONE, FINDINGS, REFUSED, err, out, verb
 from eval.extract_verbs import extract_app, extract_worker_command
 from eval.store_verbs import store_app
+from eval.train_verbs import (
+    ManifestOption,
+    Overrides,
+    StoreOption,
+    WithOption,
+    import_checkpoint_command,
+    train_command,
+)
 
 logger = logging.getLogger("emocache")
-VERBS = ("index", "extract", "extract-worker", "store", "train", "show", "evaluate", "demo")
+VERBS = (
+    "index", "extract", "extract-worker", "store", "train", "import-checkpoint", "show", "evaluate",
+    "demo",
+)  # fmt: skip
 """In the order of the work; `emocache --help` shows them so."""
 
 
@@ -40,19 +51,9 @@ app = typer.Typer(
 app.add_typer(extract_app, name="extract")
 app.command("extract-worker")(extract_worker_command)
 app.add_typer(store_app, name="store")
+app.command("train")(train_command)
+app.command("import-checkpoint")(import_checkpoint_command)
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. stages.0.n_steps=100"),
-]
-ManifestOption = Annotated[Path, typer.Option("--manifest", help="Manifest from `emocache index`.")]
-StoreOption = Annotated[
-    str, typer.Option("--store", help="Folder or URL (s3://...) of the token store.")
-]
-PresetArgument = Annotated[str, typer.Argument(metavar="PRESET", help="v2 or demo")]
-WithOption = Annotated[
-    Path | None, typer.Option("--with", help="YAML or JSON file of settings, under KEY=VALUE.")
-]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 
 
@@ -132,55 +133,23 @@ def index_command(
     return FINDINGS if report.left_out or report.suspicious else DONE
 
 
-@app.command("train")
-@verb
-def train_command(
-    preset: PresetArgument,
-    manifest: ManifestOption,
-    store: StoreOption,
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder of the run.")],
-    overrides: Overrides = None,
-    with_file: WithOption = None,
-) -> int:
-    """Train the preset's stages from cached tokens; run again to continue."""
-    from cache.manifest import read_manifest
-    from cache.store import TokenStore
-    from eval.arguments import configure
-    from eval.progress import progress_bar
-    from train.loop import train
-
-    chosen = configure(preset, overrides, with_file)
-    records = read_manifest(manifest)
-    tokens = TokenStore.open(store)
-    total = sum(stage.n_steps for stage in chosen.stages)
-    with progress_bar(err, "training", total, "steps") as bar:
-        result = train(chosen, records, manifest, tokens, out_dir, on_step=_step_note(bar))
-    if not result.n_steps:
-        out.print(f"nothing to do: {out_dir} has finished all its stages", highlight=False)
-    else:
-        n = sum(result.info.trainable.values())
-        out.print(
-            f"trained {result.n_steps} steps, {n:,} parameters, in {out_dir}", highlight=False
-        )
-    return DONE
-
-
-def _step_note(bar: Any) -> Callable[[str, int, int, dict[str, float]], None]:
-    def on_step(stage: str, step: int, n_steps: int, latest: dict[str, float]) -> None:
-        loss = f" loss {latest['loss']:.3f}" if latest else ""
-        bar.advance(1, f"{stage}{loss}")
-
-    return on_step
-
-
 @app.command("show")
 @verb
 def show_command(
-    preset: PresetArgument, overrides: Overrides = None, with_file: WithOption = None
+    preset: Annotated[
+        str | None, typer.Argument(metavar="[PRESET]", help="Without one, all are listed.")
+    ] = None,
+    overrides: Overrides = None,
+    with_file: WithOption = None,
 ) -> int:
     """Print the resolved configuration of a preset, as `--with` accepts it."""
     from eval.arguments import configure
 
+    if preset is None:
+        from eval.tables import preset_table
+
+        out.print(preset_table())
+        return DONE
     chosen = configure(preset, overrides, with_file)
     if out.is_terminal:
         out.print_json(chosen.model_dump_json())
@@ -208,11 +177,14 @@ def evaluate_command(
         Path | None, typer.Option("--out", help="Default: RUN/eval-SPLIT-TASK.")
     ] = None,
     device: DeviceOption = "cpu",
+    weights: Annotated[
+        str, typer.Option(help="final, or best: those of the best validation.")
+    ] = "final",
 ) -> int:
     """Generate replies, score them, write predictions.jsonl and a report."""
     from cache.manifest import read_manifest
     from cache.store import TokenStore
-    from eval.arguments import check_device
+    from eval.arguments import check_device, one_of_these
     from eval.evaluate import evaluate
     from eval.progress import progress_bar
     from eval.report import score_table
@@ -234,6 +206,7 @@ def evaluate_command(
             out=out_dir,
             overrides=overrides or [],
             on_batch=bar.advance,
+            weights=one_of_these("--weights", weights, ("final", "best")),
         )
     out.print(score_table(result.rows))
     for path in (result.predictions, result.report_html, result.report_md):

@@ -132,20 +132,19 @@ def training(work: Path, results: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+    import train.loop as loop
     from cache.manifest import read_manifest
     from cache.store import TokenStore
+    from train.backbone import llm_path
     from train.config import configure
-    from train.data import Renderer, TrainDataset, ViewReader
-    from train.loop import train_stage
-    from train.mixture import Mixture
-    from train.model import EmotionLlama, llm_path
+    from train.model import EmotionLlama
     from train.presets import demo, v2
 
     assert not {"whisper", "timm", "decord", "av"} & sys.modules.keys(), "the halves have met"
     phases = Phases()
     preset = configure(v2(), ["stages.0.n_steps=1", "execution.log_every_steps=1"])
     manifest = read_manifest(work / "corpus.parquet")
-    reader = ViewReader(TokenStore.open(work / "store"), preset)
+    store = TokenStore.open(work / "store")
 
     def build_llm() -> LlamaForCausalLM:
         torch.manual_seed(0)
@@ -160,16 +159,13 @@ def training(work: Path, results: Path) -> None:
     n_trainable = sum(model.trainable().values())
     # Any tokenizer will do for the cost of a step; the real one comes with the real weights.
     tokenizer = AutoTokenizer.from_pretrained(llm_path(demo().model.llm))
-    assert manifest.header.label_space is not None
-    renderer = Renderer(preset, tokenizer, manifest.header.label_space)
-    stage = preset.stages[0]
-    mixture = Mixture(manifest.select("train"), stage.tasks, 1, seed=0)
-    dataset = TrainDataset(mixture, reader, renderer)
-    prompt = dataset[0].prompt
-    n_text = len(prompt.head_ids) + len(prompt.tail_ids) + len(prompt.answer_ids)
+    loop.build = lambda preset: (model, tokenizer)
+    short = preset.model_copy(update={"stages": preset.stages[:1]})
     phases.run(
-        f"one step: {model.layout.total} prefix + {n_text} text tokens",
-        lambda: train_stage(preset, stage, model, dataset, work / "run"),
+        f"one step of training: {model.layout.total} prefix tokens and the text",
+        lambda: loop.train(
+            short, manifest, work / "corpus.parquet", store, work / "run", device="cpu"
+        ),
     )
     metrics = [json.loads(x) for x in (work / "run" / "metrics.jsonl").read_text().splitlines()]
     found = {"phases": phases.rows, "trainable": n_trainable, "loss": metrics[-1]["loss"]}

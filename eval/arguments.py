@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from cache.errors import CacheMissError, SchemaError, near_miss
 
@@ -299,3 +299,16 @@ def one_of(first_name: str, first: object, second_name: str, second: object) -> 
             f"give either {first_name} or {second_name}, "
             f"{'not both' if first is not None else 'got neither'}."
         )
+
+
+def one_of_these(option: str, given: str, allowed: Sequence[str]) -> Any:
+    """Return a value if it is one of the allowed ones.
+
+    Raises:
+        SchemaError: It is not; names the near miss.
+    """
+    if given not in allowed:
+        raise SchemaError(
+            f"{option} {given}: unknown.{near_miss(given, allowed)} Allowed: {', '.join(allowed)}"
+        )
+    return given

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Literal
 
 from cache.commit import Status
 from cache.errors import ManifestError, MissingDependencyError, SchemaError, near_miss
@@ -30,8 +31,9 @@ from eval.report import (
     StoreRow,
     write_report,
 )
-from train.data import ViewReader, usable
-from train.prompt import check_task
+from train.checkpoint import best_folder
+from train.reading import ViewReader, usable
+from train.tasks import check_task
 
 MASKS: dict[str, tuple[str, ...]] = {
     "audio": ("audio",),
@@ -68,6 +70,7 @@ def evaluate(
     device: str = "cpu",
     out: Path | None = None,
     overrides: Sequence[str] = (),
+    weights: Literal["final", "best"] = "final",
     on_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Generate, parse, score, report.
@@ -82,20 +85,21 @@ def evaluate(
         batch_size: Records per batch.
         max_new_tokens: Longest reply.
         device: Torch device.
-        out: Output folder; default `RUN/eval-SPLIT-TASK`.
+        out: Output folder; default `RUN/eval-SPLIT-TASK`, with `-best` behind it for those weights.
         overrides: `key=value` settings that differ from the run's, for example `data.failed=drop`.
+        weights: Those at the end of the run's last finished stage, or those of its best validation.
         on_batch: Called with the number of replies done.
 
     Raises:
         SchemaError: Unknown task or mask.
         ManifestError: No labelled record in the split.
-        CheckpointError: Not a finished run.
+        CheckpointError: Not a finished run, or `best` of a stage that never validated.
         MissingDependencyError: scikit-learn, matplotlib or jinja2 is not installed.
     """
     check_task(task)
     _check_libraries()
     conditions = [("all streams", ()), *((f"{name} masked", mask_streams(name)) for name in masks)]
-    trained = load_run(run, device, overrides)
+    trained = load_run(run, device, overrides, weights)
     reader = ViewReader(store, trained.preset)
     chosen = manifest.select(split)
     records = [r for r in usable(chosen, reader, trained.preset.data) if r.label is not None]
@@ -122,7 +126,7 @@ def evaluate(
         predictions += found
         rows.append(ScoreRow(name=name, scores=_score(found, trained)))
     clips_per_s = len(predictions) / (time.monotonic() - started)
-    out = out or run / f"eval-{split}-{task}"
+    out = out or run / f"eval-{split}-{task}{'-best' if weights == 'best' else ''}"
     out.mkdir(parents=True, exist_ok=True)
     write_predictions(out / "predictions.jsonl", predictions)
     scores = {row.name: row.scores.model_dump(mode="json") for row in rows}
@@ -133,9 +137,10 @@ def evaluate(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         preset=trained.preset.name,
         run_path=str(run),
+        weights=_weights(run, trained, weights),
         store_path=str(store.root),
         rows=tuple(rows),
-        history=_history(run / "metrics.jsonl"),
+        history=read_history(run / "metrics.jsonl"),
         throughput=_throughput(trained, clips_per_s),
         store=_store_rows(store, reader),
         parsing=_parsing(predictions),
@@ -170,25 +175,52 @@ def _score(predictions: Sequence[Prediction], trained: TrainedRun) -> SingleLabe
     return score_single_label(
         [p.truth for p in predictions],
         [p.label for p in predictions],
-        trained.info.label_space.labels,
+        trained.labels.labels,
         [p.parse for p in predictions],
     )
 
 
-def _history(path: Path) -> tuple[HistoryRow, ...]:
+def read_history(path: Path) -> tuple[HistoryRow, ...]:
+    """Read a run's metrics.jsonl: one row per step, of training, validation or both.
+
+    A step has a line for each of the two. Nothing is there of a run that logged nothing, and the
+    unfinished last line of a killed process is left out.
+    """
     if not path.is_file():
         return ()
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    steps: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if "loss" in row or "val_loss" in row:
+            steps.setdefault((row["stage"], row["step"]), {}).update(row)
     return tuple(
         HistoryRow(
-            stage=row["stage"],
-            step=row["step"],
-            loss=row["loss"],
-            learning_rate=row["learning_rate"],
-            clips_per_s=row["samples_per_s"],
+            stage=stage,
+            step=step,
+            loss=row.get("loss"),
+            learning_rate=row.get("learning_rate"),
+            clips_per_s=row.get("samples_per_s"),
+            tokens_per_s=row.get("tokens_per_s"),
+            data_wait=row.get("data_wait"),
+            val_loss=row.get("val_loss"),
+            val_token_accuracy=row.get("val_token_accuracy"),
         )
-        for row in rows
+        for (stage, step), row in steps.items()
     )
+
+
+def _weights(run: Path, trained: TrainedRun, weights: Literal["final", "best"]) -> str:
+    """Say which weights were scored; the step counts within the stage, as the folder's name does."""
+    stage = trained.info.finished[-1]
+    if weights == "final":
+        return f"final, at the end of {stage}"
+    folder = best_folder(run / stage)
+    assert folder is not None  # they were loaded
+    metric = trained.preset.execution.best_metric.replace("_", " ")
+    return f"best validation {metric}: {stage}/{folder.name}"
 
 
 def _throughput(trained: TrainedRun, clips_per_s: float) -> tuple[Fact, ...]:
@@ -197,7 +229,10 @@ def _throughput(trained: TrainedRun, clips_per_s: float) -> tuple[Fact, ...]:
         seconds = trained.info.seconds.get(stage.name)
         if seconds:
             n = stage.n_steps * stage.optim.batch_size * stage.optim.accumulate
-            facts.append(Fact(name=f"training, {stage.name}", value=n / seconds, unit="clips/s"))
+            if stage.optim.max_tokens is None:  # else as many clips as fit
+                facts.append(
+                    Fact(name=f"training, {stage.name}", value=n / seconds, unit="clips/s")
+                )
             facts.append(Fact(name=f"duration, {stage.name}", value=seconds, unit="s"))
     return tuple(facts)
 

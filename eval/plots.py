@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from io import BytesIO, StringIO
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -52,6 +53,16 @@ class Curve(NamedTuple):
     losses: Sequence[float]
     """Not-a-number leaves a gap."""
     learning_rates: Sequence[float]
+    val_steps: Sequence[int] = ()
+    """Where validation was run, on the same axis of steps, rising."""
+    val_losses: Sequence[float] = ()
+    waits: Sequence[float] = ()
+    """Share of the time waited for data, per entry of `steps`; empty if it was not logged."""
+
+    @property
+    def last_step(self) -> int:
+        """Where the stage ends."""
+        return max((*self.steps[-1:], *self.val_steps[-1:]))
 
 
 class _Theme(NamedTuple):
@@ -85,7 +96,10 @@ def draw_confusion(scores: SingleLabelScores) -> Plot:
 
 
 def draw_training(curves: Sequence[Curve]) -> Plot:
-    """Draw loss and learning rate over the steps of all stages, with the borders between stages.
+    """Draw a history over the steps of all stages, with the borders between stages.
+
+    One panel for the losses of training and validation, one for the learning rate and, if it was
+    logged, one for the share of the time waited for data.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -163,22 +177,29 @@ def _training(curves: Sequence[Curve], theme: _Theme) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9.8, 4.4), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    has_waits = any(curve.waits for curve in curves)
+    figure = Figure(figsize=(9.8, 5.6 if has_waits else 4.4), layout="constrained")
+    panels = figure.subplots(
+        3 if has_waits else 2, 1, sharex=True, height_ratios=[2, 1, 0.8][: 2 + has_waits]
+    )
+    top, rates, bottom = panels[0], panels[1], panels[-1]
     for curve in curves:
-        stride = -(-len(curve.steps) // MAX_POINTS)
-        steps = curve.steps[::stride]
-        marker = "o" if len(steps) <= 30 else ""
-        top.plot(steps, curve.losses[::stride], color=theme.accent, marker=marker, ms=3, lw=1.4)
-        bottom.plot(
-            steps, curve.learning_rates[::stride], color=theme.warn, marker=marker, ms=3, lw=1.4
-        )
+        _series(top, curve.steps, curve.losses, theme.accent, "training")
+        _series(top, curve.val_steps, curve.val_losses, theme.warn, "validation", ls=(0, (4, 1.5)))
+        _series(rates, curve.steps, curve.learning_rates, theme.accent)
+        if curve.waits:
+            _series(bottom, curve.steps, [100 * share for share in curve.waits], theme.accent)
+    if any(curve.val_steps for curve in curves):
+        # Once for all stages, and outside: no corner of the panel is empty in every history.
+        handles, names = top.get_legend_handles_labels()
+        by_name = dict(zip(names, handles, strict=True))
+        figure.legend(by_name.values(), by_name, loc="outside upper right", ncols=2, frameon=False)
     for position, curve in enumerate(curves):
-        start = 0 if position == 0 else curves[position - 1].steps[-1]
+        start = 0 if position == 0 else curves[position - 1].last_step
         if position:
-            for axes in (top, bottom):
+            for axes in panels:
                 axes.axvline(start, color=theme.muted, lw=1, ls=(0, (4, 3)))
-        middle = (start + curve.steps[-1]) / 2
+        middle = (start + curve.last_step) / 2
         top.annotate(
             _plain(curve.stage, 40),
             (middle, 1),
@@ -189,19 +210,48 @@ def _training(curves: Sequence[Curve], theme: _Theme) -> Figure:
             color=theme.muted,
         )
     top.set_ylabel("loss")
-    bottom.set_ylabel("learning rate")
+    rates.set_ylabel("learning rate")
+    rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    rates.set_ylim(0, max((x for c in curves for x in c.learning_rates), default=0) * 1.08 or 1)
+    if has_waits:
+        bottom.set_ylabel("waiting, %")
+        longest = max(filter(isfinite, (x for c in curves for x in c.waits)), default=0)
+        bottom.set_ylim(0, max(5, 108 * longest))  # below 5 % nothing is worth a look
     bottom.set_xlabel("optimizer step")
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-    bottom.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    bottom.set_xlim(0, max(1, curves[-1].steps[-1]) * 1.01)
-    bottom.set_ylim(0, max(max(curve.learning_rates) for curve in curves) * 1.08 or 1)
-    for axes in (top, bottom):
+    bottom.set_xlim(0, max(1, curves[-1].last_step) * 1.01)
+    for axes in panels:
         axes.grid(axis="y", color=theme.rule, lw=0.8)
         axes.set_axisbelow(True)
         axes.tick_params(color=theme.rule)
         _hide_spines(axes, "top", "right", "left")
         axes.spines["bottom"].set_color(theme.rule)
     return figure
+
+
+def _series(
+    axes: Axes,
+    steps: Sequence[int],
+    values: Sequence[float],
+    color: str,
+    label: str | None = None,
+    ls: Any = "-",
+) -> None:
+    """Draw one line, of a long one every n-th point, with marks if they can be told apart."""
+    if not steps:
+        return
+    stride = -(-len(steps) // MAX_POINTS)
+    marker = "o" if len(steps) <= 30 else ""
+    axes.plot(
+        steps[::stride],
+        values[::stride],
+        color=color,
+        marker=marker,
+        ms=3,
+        lw=1.4,
+        ls=ls,
+        label=label,
+    )
 
 
 def _statistics(statistics: TokenStatistics, theme: _Theme) -> Figure:

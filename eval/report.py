@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from cache.errors import MissingDependencyError
 from cache.files import write_aside, write_text_aside
@@ -47,17 +47,32 @@ class ScoreRow(Model):
 
 
 class HistoryRow(Model):
-    """One logged training step."""
+    """What was logged behind one training step: of training, of validation, or of both."""
 
     stage: str
     step: int = Field(ge=0)
     """Optimizer steps since the start of the run or of the stage; where a stage counts from the
     start again, the report adds the steps of the stages before."""
-    loss: float
-    """Mean cross-entropy per answer token, nats."""
-    learning_rate: float
+    loss: float | None = None
+    """Mean cross-entropy per answer token, nats; None where only validation was logged."""
+    learning_rate: float | None = None
+    """None exactly where `loss` is."""
     tokens_per_s: float | None = None
     clips_per_s: float | None = None
+    data_wait: float | None = None
+    """Share of the time since the row before that training waited for data."""
+    val_loss: float | None = None
+    """The same loss on records that are never trained on; None where nothing was validated."""
+    val_token_accuracy: float | None = None
+    """Share of the answer tokens that were the likeliest, each given the true ones before it."""
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> HistoryRow:
+        if (self.loss is None) != (self.learning_rate is None):
+            raise ValueError("loss and learning_rate are of one step: give both or neither")
+        if self.loss is None and self.val_loss is None:
+            raise ValueError("a row of a history needs loss or val_loss")
+        return self
 
 
 class Fact(Model):
@@ -103,6 +118,8 @@ class ReportData(Model):
     """ISO 8601 date and time; the caller's clock, so that equal data give equal files."""
     preset: str
     run_path: str
+    weights: str | None = None
+    """Which weights of the run were scored; None if nobody said."""
     store_path: str
     rows: tuple[ScoreRow, ...] = Field(min_length=1)
     """Conditions; the first is the headline, and the others are compared with it."""
@@ -141,12 +158,21 @@ class StageSummary(NamedTuple):
     stage: str
     last_step: int
     """Optimizer steps since the start of the first stage."""
-    first_loss: float
-    last_loss: float
+    first_loss: float | None
+    last_loss: float | None
     n_bad: int
-    """Logged losses that are not finite."""
-    speed: str
-    """Median of the logged speeds with its unit, or a dash."""
+    """Logged losses, of training or of validation, that are not finite."""
+    clips_per_s: float | None
+    """Median of what was logged, as the two below."""
+    tokens_per_s: float | None
+    data_wait: float | None
+    """A share."""
+    best_val_loss: float | None
+    """The lowest; None if nothing was validated."""
+    best_step: int | None
+    """Where that was, counted as `last_step`."""
+    best_token_accuracy: float | None
+    """What was right there; a share."""
 
 
 def write_report(data: ReportData, out_dir: Path) -> tuple[Path, Path]:
@@ -198,6 +224,9 @@ def write_report(data: ReportData, out_dir: Path) -> tuple[Path, Path]:
         "majority_share": largest.support / head.n_scored,
         "meanings": _MEANINGS,
         "stages": summarize_stages(data.history, curves),
+        "validated": any(curve.val_steps for curve in curves),
+        "timed": any(curve.waits for curve in curves),
+        **_words(curves),
         "figures": {name: Markup(plot.svg) for name, plot in plots.items()},
     }
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -209,6 +238,27 @@ def write_report(data: ReportData, out_dir: Path) -> tuple[Path, Path]:
         text = environment.get_template(f"{path.name}.j2").render(context)
         write_text_aside(path, text)
     return paths
+
+
+def _words(curves: Sequence[Curve]) -> dict[str, str]:
+    """Return what the figure of the training shows, and what its table means."""
+    validated = any(curve.val_steps for curve in curves)
+    timed = any(curve.waits for curve in curves)
+    shown = ["Loss in training and validation" if validated else "Loss", "learning rate"]
+    if timed:
+        shown.append("share of the time that training waited for data")
+    about = ["Steps count from the start of the first stage."]
+    if validated:
+        about.append(
+            "Validation is on records that are never trained on; tokens right: of the true answers, "
+            "each given those before it, at the step of the best loss."
+        )
+    rates = "Speeds and waiting" if timed else "Speeds"
+    about.append(f"{rates} are medians of what was logged; tokens include those of the prefix.")
+    return {
+        "shown_history": f"{', '.join(shown[:-1])} and {shown[-1]}",
+        "about_history": " ".join(about),
+    }
 
 
 def score_table(rows: Sequence[ScoreRow]) -> Table:
@@ -249,10 +299,20 @@ def training_curves(history: Iterable[HistoryRow]) -> list[Curve]:
     end = 0
     for stage, part in rows.items():
         offset = end if part[0].step <= end else 0
-        steps = [row.step + offset for row in part]
-        end = steps[-1]
+        end = part[-1].step + offset
+        trained = [row for row in part if row.loss is not None and row.learning_rate is not None]
+        validated = [row for row in part if row.val_loss is not None]
+        waits = [math.nan if row.data_wait is None else row.data_wait for row in trained]
         curves.append(
-            Curve(stage, steps, [row.loss for row in part], [row.learning_rate for row in part])
+            Curve(
+                stage,
+                [row.step + offset for row in trained],
+                [row.loss for row in trained if row.loss is not None],
+                [row.learning_rate for row in trained if row.learning_rate is not None],
+                [row.step + offset for row in validated],
+                [row.val_loss for row in validated if row.val_loss is not None],
+                [] if all(map(math.isnan, waits)) else waits,
+            )
         )
     return curves
 
@@ -262,24 +322,34 @@ def summarize_stages(history: Sequence[HistoryRow], curves: Sequence[Curve]) -> 
     summaries = []
     for curve in curves:
         rows = [row for row in history if row.stage == curve.stage]
-        tokens = [row.tokens_per_s for row in rows if row.tokens_per_s is not None]
-        clips = [row.clips_per_s for row in rows if row.clips_per_s is not None]
-        speeds = [
-            f"{number(median(values))} {unit}"
-            for values, unit in ((clips, "clips/s"), (tokens, "tokens/s"))
-            if values
+        validated = [row for row in rows if row.val_loss is not None]
+        finite = [
+            (loss, step, row.val_token_accuracy)
+            for loss, step, row in zip(curve.val_losses, curve.val_steps, validated, strict=True)
+            if math.isfinite(loss)
         ]
+        best = min(finite, key=lambda entry: entry[0], default=(None, None, None))
         summaries.append(
             StageSummary(
                 stage=curve.stage,
-                last_step=curve.steps[-1],
-                first_loss=rows[0].loss,
-                last_loss=rows[-1].loss,
-                n_bad=sum(not math.isfinite(row.loss) for row in rows),
-                speed=", ".join(speeds) or _NONE,
+                last_step=curve.last_step,
+                first_loss=next(iter(curve.losses), None),
+                last_loss=next(reversed(curve.losses), None),
+                n_bad=sum(not math.isfinite(x) for x in (*curve.losses, *curve.val_losses)),
+                clips_per_s=_median(row.clips_per_s for row in rows),
+                tokens_per_s=_median(row.tokens_per_s for row in rows),
+                data_wait=_median(row.data_wait for row in rows),
+                best_val_loss=best[0],
+                best_step=best[1],
+                best_token_accuracy=best[2],
             )
         )
     return summaries
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
 
 
 def percent(fraction: float) -> str:
@@ -307,8 +377,10 @@ def human_size(size_bytes: int) -> str:
     return f"{size:.2f} {unit}"
 
 
-def number(value: float | str) -> str:
+def number(value: float | str | None) -> str:
     """Return a number with four significant digits, whole numbers in full; text as it stands."""
+    if value is None:
+        return _NONE
     if isinstance(value, str):
         return value
     if not math.isfinite(value):

@@ -337,6 +337,27 @@ def recheck_table(results: Sequence[Recheck]) -> Table:
     return table
 
 
+def preset_table() -> Table:
+    """Return the named configurations: steps of their stages, tasks."""
+    from train.presets import PRESETS
+
+    table = _table("preset", "steps", "tasks")
+    for name, make in PRESETS.items():
+        preset = make()
+        tasks = dict.fromkeys(
+            task
+            for stage in preset.stages
+            for share in [stage.tasks, *(c.tasks or {} for c in stage.corpora.values())]
+            for task in share
+        )
+        table.add_row(
+            name,
+            " + ".join(f"{stage.n_steps:,}" for stage in preset.stages),
+            ", ".join(tasks),
+        )
+    return table
+
+
 def statistics_table(found: Sequence[TokenStatistics]) -> Table:
     """Return the most telling numbers of each spec: medians, and the channels that stand out."""
     numbers = ("clips", "tokens", "norm", "outliers", "length", "zeros")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 import sys
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from cache.errors import MissingDependencyError
+from eval.evaluate import read_history
 from eval.metrics import score_single_label
 from eval.plots import MAX_POINTS, Curve, draw_confusion, draw_training
 from eval.report import (
@@ -29,6 +31,7 @@ from eval.report import (
     percent,
     points,
     score_table,
+    summarize_stages,
     training_curves,
     write_report,
 )
@@ -46,6 +49,7 @@ def report_data(**changes: object) -> ReportData:
         "created": "2026-03-01T12:00:00+00:00",
         "preset": "demo",
         "run_path": "runs/demo-seed0",
+        "weights": f"final, at the end of stage2 {EVIL}",
         "store_path": "stores/demo.zarr",
         "rows": (
             ScoreRow(name="all streams", scores=score_single_label(truths, full, LABELS)),
@@ -60,6 +64,9 @@ def report_data(**changes: object) -> ReportData:
                 learning_rate=1e-4 * min(step / 50, 1) * math.cos(step / 330),
                 clips_per_s=12.5,
                 tokens_per_s=6500,
+                data_wait=0.01 if step > 20 else 0.5,
+                val_loss=None if step % 50 else 2.6 / (1 + step / 40) + max(0, step - 200) / 400,
+                val_token_accuracy=None if step % 50 else step / 1000,
             )
             for stage in ("recognition", "recognition and reasoning")
             for step in range(10, 410, 10)
@@ -151,8 +158,8 @@ def test_text_from_outside_is_escaped(written: tuple[str, str, Path]) -> None:
     html, markdown, _ = written
     assert "<script" not in html.lower()
     assert "<script" not in markdown.lower()
-    # label (class table; the plot cuts it short), condition, reply, fact, note, provenance
-    assert Page(html).text.count(EVIL) >= 7
+    # label (class table; the plot cuts it short), condition, weights, reply, fact, note, provenance
+    assert Page(html).text.count(EVIL) >= 8
     assert r"a \| b \*c\* \`d\`xxx" in markdown
 
 
@@ -179,10 +186,80 @@ def test_the_numbers_are_there_and_equal_in_both(written: tuple[str, str, Path])
         "2.75 MiB",
         "129,218",
         "3.217 clips/s",
-        "12.5 clips/s, 6,500 tokens/s",
+        "Weights",
+        "final, at the end of stage2",
     ):
         assert text in Page(html).text, text
         assert text in markdown, text
+
+
+def test_the_stages_are_summed_up(written: tuple[str, str, Path]) -> None:
+    html, markdown, _ = written
+    # Validation is lowest behind step 200 of a stage: 2.6 / (1 + 200 / 40) = 0.4333; 0.2 are right.
+    first, second = (["400", "0.4333", "200"], ["800", "0.4333", "600"])
+    rows = [row for row in Page(html).rows if row and row[0].startswith("recognition")]
+    assert [[row[1], row[4], row[5]] for row in rows] == [first, second]
+    for row in rows:
+        assert row[6:] == ["20.00", "12.5", "6,500", "1.00"]  # the median of 2 x 50 % and 38 x 1 %
+        assert "| " + " | ".join(row) + " |" in markdown
+
+
+def test_older_histories_have_fewer_columns_and_panels(tmp_path: Path) -> None:
+    old = [HistoryRow(stage="one", step=i, loss=1 / i, learning_rate=1e-5) for i in (1, 2)]
+    html, markdown = write_report(report_data(history=old, weights=None), tmp_path)
+    page = Page(html.read_text(encoding="utf-8"))
+    dash = "\N{EN DASH}"
+    assert ["one", "2", "1", "0.5", dash, dash] in page.rows
+    for word in ("alidation", "aiting", "Weights"):
+        assert word not in page.text
+        assert word not in markdown.read_text(encoding="utf-8")
+
+
+def test_a_stage_may_have_been_validated_only(tmp_path: Path) -> None:
+    rows = [
+        HistoryRow(stage="one", step=5, loss=2.0, learning_rate=1e-5, data_wait=0.25),
+        HistoryRow(stage="one", step=7, val_loss=math.nan),
+        HistoryRow(stage="two", step=3, val_loss=1.5),
+    ]
+    one, two = summarize_stages(rows, training_curves(rows))
+    assert (one.last_step, one.best_val_loss, one.data_wait, one.n_bad) == (7, None, 0.25, 1)
+    assert (two.last_step, two.first_loss, two.best_val_loss, two.best_step) == (10, None, 1.5, 10)
+    html, _ = write_report(report_data(history=rows), tmp_path)
+    assert ["two", "10", *"\N{EN DASH}" * 2, "1.5", "10", *"\N{EN DASH}" * 4] in Page(
+        html.read_text(encoding="utf-8")
+    ).rows
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({}, "needs loss or val_loss"), ({"loss": 1.0, "val_loss": 1.0}, "give both or neither")],
+)
+def test_half_a_row_is_refused(fields: dict[str, float], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        HistoryRow(stage="one", step=1, **fields)  # type: ignore[arg-type]
+
+
+def test_both_lines_of_a_step_are_read_as_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_history(path) == ()
+    step = {"stage": "one", "step": 5}
+    speed = {"samples_per_s": 3.0, "tokens_per_s": 90.0}
+    lines = [
+        {**step, "loss": 2.0, "learning_rate": 0.1, **speed, "data_wait": 0.2},
+        {**step, "val_loss": 1.5, "val_token_accuracy": 0.5, "val_loss_emotion": 1.5},
+        {"stage": "one", "step": 6, "val_loss": 1.25, "val_token_accuracy": 0.75},
+        {"stage": "two", "step": 5, "loss": 1.0, "learning_rate": 0.1, "samples_per_s": 3.0},
+    ]
+    text = "\n".join(json.dumps(line) for line in lines)
+    path.write_text(text + '\n{"stage": "tw', encoding="utf-8")  # killed while it wrote
+    assert read_history(path) == (
+        HistoryRow(
+            stage="one", step=5, loss=2.0, learning_rate=0.1, clips_per_s=3.0, tokens_per_s=90.0,
+            data_wait=0.2, val_loss=1.5, val_token_accuracy=0.5,
+        ),
+        HistoryRow(stage="one", step=6, val_loss=1.25, val_token_accuracy=0.75),
+        HistoryRow(stage="two", step=5, loss=1.0, learning_rate=0.1, clips_per_s=3.0),
+    )  # fmt: skip
 
 
 def test_the_markdown_links_to_its_figures(written: tuple[str, str, Path]) -> None:
@@ -281,6 +358,8 @@ def test_odd_names_and_lengths_can_be_drawn(label: str, history: list[int]) -> N
     assert "<b>" not in plot.svg
     curve = Curve(label, list(history), [1.0] * len(history), [0.0] * len(history))
     assert len(draw_training([curve]).svg) < 400_000
+    curve = Curve(label, *[[1]] * 5, waits=[math.nan])
+    assert "validation" in draw_training([curve]).svg
 
 
 def test_the_svg_takes_its_colours_from_the_page() -> None:
@@ -299,9 +378,9 @@ def test_formats() -> None:
     assert [human_size(n) for n in sizes] == [
         "0 B", "1023 B", "1.50 KiB", "1.00 MiB", "3.00 GiB", "5000.00 TiB",
     ]  # fmt: skip
-    values = [3.14159, 0.00012345, 129218, 12.0, math.nan, "n/a"]
+    values = [3.14159, 0.00012345, 129218, 12.0, math.nan, "n/a", None]
     assert [number(v) for v in values] == [
-        "3.142", "0.0001234", "129,218", "12", "not finite", "n/a",
+        "3.142", "0.0001234", "129,218", "12", "not finite", "n/a", "\N{EN DASH}",
     ]  # fmt: skip
     assert excerpt("y" * 300) == "y" * 280 + " … (300 characters)"
 

@@ -105,9 +105,9 @@ def packed_attention(
         SchemaError: The model's attention is of another kind (a window shorter than a segment,
             capped products).
     """
-    window = others.get("sliding_window")
-    if others.get("softcap") is not None or (window is not None and segments.longest > window):
-        kind = "caps its products" if window is None else f"sees {window} positions only"
+    window, cap = others.get("sliding_window"), others.get("softcap")
+    if cap is not None or (window is not None and segments.longest > window):
+        kind = f"sees {window} positions only" if cap is None else "caps its products"
         raise SchemaError(
             f"this language model's attention {kind}, and the longest sequence has "
             f"{segments.longest}; packed sequences cannot do that. Set execution.attention=padded."

@@ -235,7 +235,11 @@ def prune(stage: Path, keep_last: int) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder; on success it is synced and takes the name of `folder`."""
+    """Yield a temporary folder; on success it is synced and takes the name of `folder`.
+
+    Raises:
+        CheckpointError: The disk is full, or does not let itself be written.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
     aside.mkdir()
@@ -246,6 +250,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
         fsync_folder(aside)
         _replace(aside, folder)
         fsync_folder(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: cannot be written ({error}). What was saved before stands: make room or mend "
+            "the permissions, and run the same command again."
+        ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

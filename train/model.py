@@ -71,8 +71,9 @@ class EmotionLlama(nn.Module):
         base.config._attn_implementation = self._own_attention if self._padded else PACKED
         if execution.checkpoint_activations:
             # transformers renamed it in 5.2x.
-            old = getattr(base, "gradient_checkpointing_enable", None)
-            getattr(base, "activation_checkpointing_enable", old)({"use_reentrant": False})
+            new = "activation_checkpointing_enable"
+            name = new if hasattr(base, new) else "gradient_checkpointing_enable"
+            getattr(base, name)({"use_reentrant": False})
         if execution.compile:
             for layer in decoder_layers(base):
                 layer.compile(dynamic=True)

@@ -43,7 +43,7 @@ class Processes:
         self.n = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.parallel: Parallel = parallel
-        self.device = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+        self.device = choose_device(device)
         self._control: Any = None
         self._joined = False
         if self.device.type == "cuda":
@@ -69,8 +69,7 @@ class Processes:
         if self.n == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        # Buffers are tables (rotary frequencies), equal in all processes.
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
     @contextmanager
     def accumulating(self, wrapped: nn.Module, *, is_last: bool) -> Iterator[None]:
@@ -122,7 +121,16 @@ class Processes:
             dist.destroy_process_group()
 
 
-def _device(name: str | None, local_rank: int) -> torch.device:
+def choose_device(name: str | None = None) -> torch.device:
+    """Return the device that a process of this run uses.
+
+    Args:
+        name: `cpu`, `cuda` or `cuda:N`; None or `auto` takes a GPU where there is one.
+
+    Raises:
+        SchemaError: A GPU that is not there.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if name is None or name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -300,6 +301,8 @@ class StageTrainer:
         metric = self._preset.execution.best_metric
         value = numbers[f"val_{metric}"]
         best = self._state.best
+        if not math.isfinite(value):
+            return  # the next step's loss tells; state.json could not hold it
         if best is not None and (value >= best.value if metric == "loss" else value <= best.value):
             return
         self._state = self._state.model_copy(update={"best": Best(step=step, value=value)})
@@ -314,6 +317,7 @@ class StageTrainer:
         trained = trained_tensors(self._model)
         if self._processes.is_first:
             self._write_finished(self._folder / "final", trained, self._latest)
+            prune(self._folder, self._preset.execution.keep_last)
         self._processes.wait()
 
     def _write_finished(
