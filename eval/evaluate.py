@@ -33,7 +33,7 @@ from eval.report import (
 )
 from train.checkpoint import best_folder
 from train.reading import ViewReader, usable
-from train.tasks import check_task
+from train.tasks import TASK_NEEDS, check_task
 
 MASKS: dict[str, tuple[str, ...]] = {
     "audio": ("audio",),
@@ -96,10 +96,13 @@ def evaluate(
         CheckpointError: Not a finished run, or `best` of a stage that never validated.
         MissingDependencyError: scikit-learn, matplotlib or jinja2 is not installed.
     """
-    check_task(task)
+    if "label" not in TASK_NEEDS[check_task(task)]:
+        raise SchemaError(
+            f"task '{task}' names no label, so it has no score. Use emotion or think."
+        )
     _check_libraries()
     conditions = [("all streams", ()), *((f"{name} masked", mask_streams(name)) for name in masks)]
-    trained = load_run(run, device, overrides, weights)
+    trained = load_run(run, device, overrides, weights, manifest.header.label_space)
     reader = ViewReader(store, trained.preset)
     chosen = manifest.select(split)
     records = [r for r in usable(chosen, reader, trained.preset.data) if r.label is not None]

@@ -36,15 +36,8 @@ class TrainedRun:
     model: EmotionLlama
     tokenizer: Any
 
-    @property
-    def labels(self) -> LabelSpace:
-        """What the run was trained to name; raises CheckpointError if it brought no labels."""
-        if self.info.label_space is None:
-            raise CheckpointError(
-                f"run {self.info.run_id} is an imported checkpoint without labels of its own. Train it "
-                "further on a manifest: emocache train PRESET ... init=FOLDER"
-            )
-        return self.info.label_space
+    labels: LabelSpace
+    """What it names."""
 
 
 def load_run(
@@ -52,6 +45,7 @@ def load_run(
     device: str = "cpu",
     overrides: Sequence[str] = (),
     weights: Literal["final", "best"] = "final",
+    labels: LabelSpace | None = None,
 ) -> TrainedRun:
     """Load the model of a run's last finished stage.
 
@@ -60,6 +54,7 @@ def load_run(
         device: Torch device.
         overrides: `key=value` settings that differ from the run's, for example `data.failed=drop`.
         weights: Those at the end of the stage, or those of its best validation.
+        labels: What to name, for a run that brings no labels: an imported checkpoint.
 
     Raises:
         SchemaError: An unknown setting.
@@ -71,6 +66,12 @@ def load_run(
         raise CheckpointError(
             f"{run}: no stage is finished yet. Continue it with the same `emocache train` command."
         )
+    space = info.label_space or labels
+    if space is None:
+        raise CheckpointError(
+            f"{run}: an imported checkpoint without labels of its own, and the manifest has none. Index "
+            "with --labels, so that there is something to name."
+        )
     stage = run / info.finished[-1]
     folder = stage / "final" if weights == "final" else best_folder(stage)
     if folder is None:
@@ -80,7 +81,7 @@ def load_run(
         )
     model, tokenizer = build(preset)
     load_trained(model, folder)
-    return TrainedRun(preset, info, model.eval().to(device), tokenizer)
+    return TrainedRun(preset, info, model.eval().to(device), tokenizer, space)
 
 
 def generate(

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import emocache
 from cache.errors import CheckpointError, MissingDependencyError, SchemaError
@@ -19,6 +21,9 @@ from cache.store import TokenStore
 from eval import evaluate
 from eval.predictions import read_predictions
 from tests.media import write_clip
+from train.checkpoint import trained_tensors
+from train.model import build
+from train.presets import PRESETS, demo
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -315,3 +320,103 @@ def test_evaluation_refuses_before_the_model_runs(
     monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"sklearn, matplotlib, jinja2: pip install"):
         evaluate.evaluate(tmp_path, manifest, store, split="test")
+
+
+def test_a_published_checkpoint_is_imported_trained_on_and_scored(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file in Emotion-LLaMAv2's own layout, at the demo's sizes: import, evaluate, start from it."""
+    torch.manual_seed(5)
+    model, _ = build(demo())
+    parts, lora = trained_tensors(model)
+    prep = {"audio": 0, "image": 1, "video": 2}
+    upstream = {}
+    for name, tensor in parts.items():
+        where, _, rest = name.partition(".")
+        if where == "adapters":
+            _, block, kind = rest.split(".")
+            key = f"llama_proj{'' if block == 'image' else '_' + block}.{kind}"
+        else:
+            key = "conv_pro_module." + rest.replace("conv_in", "conv_entry").replace(
+                "attn_mlp", "attention_mlp"
+            ).replace("attn_gate", "fc_att").replace("merge", "fc_final")
+            key = re.sub(r"prep\.(\w+)", lambda m: f"feats_prep.{prep[m[1]]}", key)
+            key = re.sub(
+                r"conv_blocks\.(\d)\.conv", r"conv_module.conv_blocks.\1.conv_block.0", key
+            )
+        upstream[key] = torch.randn_like(tensor) * 0.02
+    for name, tensor in lora.items():
+        upstream[f"llama_model.{name}"] = torch.randn_like(tensor) * 0.02
+    torch.save({"model": upstream, "epoch": 9}, tmp_path / "checkpoint_9.pth")
+
+    run_dir = tmp_path / "imported"
+    command = ["import-checkpoint", tmp_path / "checkpoint_9.pth", "--preset", "demo"]
+    code, shown, problems = run(capsys, *command, "--out", run_dir)
+    assert code == 0, problems
+    assert "227,011" in shown, "every trained parameter came from the file"
+    assert f"init={run_dir}" in shown
+    code, _, problems = run(capsys, *command, "--out", run_dir)
+    assert code == 2
+    assert "is not empty" in problems
+
+    manifest, store = tmp_path / "m.parquet", tmp_path / "tokens"
+    given = ["--manifest", manifest, "--store", store]
+    labels = folder.parent / "labels.csv"
+    run(capsys, "index", folder, "--out", manifest, "--labels", labels)
+    run(capsys, "extract", "demo", *given)
+    code, shown, problems = run(
+        capsys, "evaluate", run_dir, *given, "--max-new-tokens", 2, "data.failed=drop"
+    )
+    assert code == 0, problems
+    code, _, problems = run(
+        capsys, "train", "demo", *given, "--out", tmp_path / "run", *SHORT, "data.failed=drop",
+        f"init={run_dir}", "stages.0.optim.lr=1e-12", "stages.0.optim.lr_min=0",
+        "stages.1.optim.lr=1e-12", "stages.1.optim.lr_min=0",
+    )  # fmt: skip
+    assert code == 0, problems
+    trained = load_file(tmp_path / "run/stage1/final/fusion_adapters.safetensors")
+    torch.testing.assert_close(
+        trained["adapters.maps.image.weight"], upstream["llama_proj.weight"], atol=1e-6, rtol=0
+    )
+
+
+def test_a_dry_run_writes_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest, store = tmp_path / "m.parquet", tmp_path / "tokens"
+    given = ["--manifest", manifest, "--store", store]
+    run(capsys, "index", folder, "--out", manifest, "--labels", folder.parent / "labels.csv")
+    run(capsys, "extract", "demo", *given)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    code, shown, problems = run(capsys, "train", "demo", *given, "--dry-run", "data.failed=drop")
+    assert code == 0, problems
+    assert "trained        227,011 parameters" in shown
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+    code, _, problems = run(capsys, "train", "demo", *given, "data.failed=drop")
+    assert (code, "--out FOLDER is missing" in problems) == (2, True)
+    for option, message in (
+        (["--parallel", "fdsp"], "Did you mean 'fsdp'"),
+        (["--track", "wandbb"], "Did you mean 'wandb'"),
+        (["--device", "cuda:x"], "unknown device"),
+        (["model.llm.dtype=float16"], "float16 cannot be trained"),
+        (["stages.0.corpora={meld: {weight: 1}}"], "no training record is of corpus 'meld'"),
+        (["stages.0.tasks={}"], "an empty mixture trains nothing"),
+        (["stages.0.optim.max_tokens=50"], "more than a forward pass"),
+        (["model.lora.targets=[q_prj]"], "Did you mean 'q_proj'"),
+        (["prompt.instructions=/nowhere.json"], "cannot read the instructions"),
+        (["init=/nowhere"], "not a run"),
+    ):
+        where = ["--out", tmp_path / "run"]
+        code, _, problems = run(
+            capsys, "train", "demo", *given, *where, "data.failed=drop", *option
+        )
+        assert code == 2, option
+        assert message in problems, (option, problems)
+        assert not (tmp_path / "run" / "stage1" / "final").exists()
+
+
+def test_show_lists_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    code, shown, _ = run(capsys, "show")
+    assert code == 0
+    for name in PRESETS:
+        assert name in shown

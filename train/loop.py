@@ -170,6 +170,8 @@ class _Job:
         renderer = Renderer(preset, tokenizer, self._space)
         grouper = Grouper(preset, self._reader, renderer, limit)
         check_lengths(self._records + self._val_records, preset, grouper, self._reader, limit)
+        for stage in left:  # what cannot be packed is refused before a file is written
+            self._planner(stage, grouper, PlanState()).next_step()
         wrapped = self._processes.wrap(model)
         self._write(info := info.model_copy(update={"trainable": trainable}))
         n_steps = 0
@@ -205,7 +207,6 @@ class _Job:
     ) -> int:
         """Train one stage to its end; return the steps that this took."""
         preset, processes = self._preset, self._processes
-        mixture = self._mixtures[preset.stages.index(stage)]
         validation = None
         if self._val_records:
             found = Validation(self._val_records, stage, preset, self._reader, grouper)
@@ -228,7 +229,7 @@ class _Job:
                 rank=processes.rank,
                 n_processes=processes.n,
             ),
-            lambda at: Planner(mixture, grouper.groups, stage.optim, processes.n, at.plan),
+            lambda at: self._planner(stage, grouper, at.plan),
             validation,
             self._run / stage.name,
             state,
@@ -243,6 +244,10 @@ class _Job:
             if monitor is not None:
                 monitor.close()
         return after.step - state.step
+
+    def _planner(self, stage: StageConfig, grouper: Grouper, at: PlanState) -> Planner:
+        mixture = self._mixtures[self._preset.stages.index(stage)]
+        return Planner(mixture, grouper.groups, stage.optim, self._processes.n, at)
 
     def _fresh(self, stage: StageConfig) -> TrainState:
         specs = {spec.stream: spec.spec_id for spec in self._preset.tokens.all()}

@@ -78,7 +78,7 @@ def read_run(run: Path) -> tuple[Preset, RunInfo]:
 
 
 def continued(run: Path, preset: Preset, records_sha256: str) -> RunInfo | None:
-    """Return what an existing run has finished; None of a new one.
+    """Return what an existing run has finished; None of a new one, or one that saved nothing.
 
     Raises:
         CheckpointError: The folder holds something else, a run of another configuration (lists the
@@ -87,6 +87,8 @@ def continued(run: Path, preset: Preset, records_sha256: str) -> RunInfo | None:
     if not run.exists() or not any(run.iterdir()):
         return None
     known, info = read_run(run)
+    if not info.finished and not any(run.glob("*/checkpoint-*/state.json")):
+        return None  # it ended before anything was saved, so there is nothing to lose
     fields = differences(preset, known.model_copy(update={"execution": preset.execution}))
     if fields:
         raise CheckpointError(
