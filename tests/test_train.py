@@ -34,12 +34,13 @@ from cache.spec import TokenSpec
 from cache.store import TokenStore
 from eval.generate import load_run
 from tests.conftest import key_of, make_clip
+from tests.training import numbers_of
 from train.backbone import llm_path
 from train.checkpoint import load_trained
 from train.config import Preset, configure
 from train.data import Renderer, collate
 from train.loop import train
-from train.mixture import Ask
+from train.mixture import Ask, Mixture, Sample
 from train.model import build
 from train.packing import Grouper
 from train.presets import demo, preset, v2
@@ -556,3 +557,143 @@ def test_prefix_positions_are_derived_from_the_views() -> None:
     layout = configure(demo(), ["views.audio.n_tokens=4", "views.video.n_frames=1"]).layout()
     assert layout.blocks == (("fusion", 4), ("image", 36), ("video", 4), ("audio", 4))
     assert np.arange(layout.total)[layout.slice("video")].tolist() == [40, 41, 42, 43]
+
+
+# --------------------------------------------------------------------------- bad input
+
+
+def test_a_store_without_a_stream_is_refused(
+    corpus: tuple[Manifest, Path, TokenStore], specs: dict[str, TokenSpec], tmp_path: Path
+) -> None:
+    manifest, path, _ = corpus
+    partial = TokenStore.open_or_create(tmp_path / "store")
+    for stream in ("audio", "video"):
+        clips = [make_clip(specs[stream], f"clip{i}") for i in range(N_RECORDS)]
+        partial.commit(specs[stream], clips, {})
+    with pytest.raises((CacheMissError, SpecMismatchError), match=r"image"):
+        train(short(), manifest, path, partial, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sequence_longer_than_the_context_is_refused_before_training(
+    corpus: tuple[Manifest, Path, TokenStore], tmp_path: Path
+) -> None:
+    manifest, path, store = corpus
+    long = manifest.records[4].model_copy(update={"subtitle": "word " * 2500})
+    records = (*manifest.records[:4], long, *manifest.records[5:])
+    with pytest.raises(
+        SchemaError, match=r"made/4: a sequence of \d+ positions .* context of 2048"
+    ):
+        train(
+            short(), manifest.model_copy(update={"records": records}), path, store, tmp_path / "r"
+        )
+    assert not (tmp_path / "r").exists()
+
+
+def test_long_reasoning_is_cut_and_fits(corpus: tuple[Manifest, Path, TokenStore]) -> None:
+    manifest, _, store = corpus
+    preset = configure(demo(), ["prompt.max_answer_tokens=40"])
+    long = manifest.records[4].model_copy(update={"description": "word " * 2500})
+    group = grouper_of(preset, store, 400).group(long, [Ask("think", 0)], with_answer=True)
+    assert group.n_answer_tokens <= 40
+    with pytest.raises(SchemaError, match=r"context of 100"):
+        grouper_of(preset, store, 100).group(long, [Ask("think", 0)], with_answer=True)
+
+
+def test_modality_dropout_leaves_a_stream(corpus: tuple[Manifest, Path, TokenStore]) -> None:
+    manifest, _, store = corpus
+    preset = configure(demo(), ["stages.0.modality_dropout={audio: 0.9, video: 0.9, image: 0.9}"])
+    grouper, reader = grouper_of(preset, store), ViewReader(store, preset)
+    mixture = Mixture(manifest.records, preset.stages[0], 0, reader.streams_of)
+    hidden = set()
+    for place in range(200):
+        (group,) = grouper.groups(mixture[place])
+        left = set(reader.streams_of(group.record)) - set(group.hidden)
+        assert left, "one always stays"
+        assert group.n_prefix > 0
+        hidden.add(group.hidden)
+    assert len(hidden) > 3
+
+
+def test_questions_that_see_other_streams_get_a_prefix_of_their_own(
+    corpus: tuple[Manifest, Path, TokenStore],
+) -> None:
+    manifest, _, store = corpus
+    record = manifest.records[1].model_copy(update={"audio_description": "A low voice."})
+    asks = (Ask("emotion", 0), Ask("audio", 1), Ask("emotion", 2))
+    groups = grouper_of(demo(), store).groups(Sample(0, record, asks))
+    assert [(g.hidden, [q.task for q in g.questions]) for g in groups] == [
+        ((), ["emotion", "emotion"]),
+        (("video", "image"), ["audio"]),
+    ]
+    assert groups[1].n_prefix < groups[0].n_prefix
+
+
+def test_settings_of_execution_may_change_and_others_may_not(
+    uninterrupted: Path, corpus: tuple[Manifest, Path, TokenStore]
+) -> None:
+    manifest, path, store = corpus
+    other = short("execution.attention=padded", "execution.n_workers=0")
+    assert train(other, manifest, path, store, uninterrupted).n_steps == 0
+    with pytest.raises(CheckpointError, match=r"stages.*loss_average|another configuration"):
+        train(short("stages.0.optim.loss_average=token"), manifest, path, store, uninterrupted)
+
+
+def test_workers_and_attention_change_no_number_that_matters(
+    uninterrupted: Path, corpus: tuple[Manifest, Path, TokenStore], tmp_path: Path
+) -> None:
+    manifest, path, store = corpus
+    alone = short("execution.n_workers=0")
+    train(alone, manifest, path, store, tmp_path / "alone")
+    for name, tensor in trained_files(uninterrupted).items():
+        assert torch.equal(tensor, trained_files(tmp_path / "alone")[name]), name
+
+
+def test_a_budget_and_pairs_train_and_resume_bit_for_bit(
+    corpus: tuple[Manifest, Path, TokenStore], tmp_path: Path
+) -> None:
+    manifest, path, store = corpus
+    packed = short(
+        "stages.0.optim.max_tokens=700", "stages.1.optim.max_tokens=900", "stages.1.pairs_per_clip=3",
+        "stages.1.optim.accumulate=2", "stages.0.modality_dropout={audio: 0.3}",
+        "execution.save_every_steps=1", "execution.log_every_steps=3",
+    )  # fmt: skip
+
+    class Killed(Exception):
+        pass
+
+    def kill(stage: str, step: int, n: int, latest: dict[str, float]) -> None:
+        if step == 3:
+            raise Killed
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(packed, manifest, path, store, whole)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            train(packed, manifest, path, store, cut, kill)
+    train(packed, manifest, path, store, cut)
+    assert numbers_of(whole) == numbers_of(cut)
+    one, other = trained_files(whole), trained_files(cut)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_best_follows_the_validation(
+    corpus: tuple[Manifest, Path, TokenStore], tmp_path: Path
+) -> None:
+    manifest, path, store = corpus
+    watched = short(
+        "data.val_split=test", "execution.validate_every_steps=1", "execution.keep_last=1"
+    )
+    train(watched, manifest, path, store, tmp_path / "run")
+    for stage in ("stage1", "stage2"):
+        rows = [r for r in numbers_of(tmp_path / "run") if r["stage"] == stage and "val_loss" in r]
+        assert [r["step"] for r in rows] == [1, 2, 3, 4]
+        best = min(rows, key=lambda r: r["val_loss"])["step"]
+        folder = tmp_path / "run" / stage
+        assert [p.name for p in folder.glob("best-*")] == [f"best-{best}"]
+        assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+        card = (folder / f"best-{best}" / "README.md").read_text()
+        assert "base_model: emocache/tiny" in card
+        assert "val loss" in card
+    one = load_run(tmp_path / "run", weights="best")
+    assert one.preset.name == "demo"
