@@ -6,9 +6,11 @@ fork of pytest's own process it has no threads and has computed nothing.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
+import random
 import socket
 import sys
 import time
@@ -98,6 +100,7 @@ def _begin(
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.dump_traceback_later(40)  # says in the log where it hangs
     function(*args)
 
 
@@ -116,10 +119,15 @@ def end(*processes: ForkServerProcess, timeout_s: float = 120) -> list[int | Non
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """Return a port that nothing listens on, below those that systems give to connections."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as found:
+            try:
+                found.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
@@ -148,7 +156,9 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 def checkpoints_of(stage: Path) -> list[int]:
     """Return the steps of a stage's checkpoints, oldest first."""
-    return sorted(int(p.parent.name.rpartition("-")[2]) for p in stage.glob("checkpoint-*/state.json"))
+    return sorted(
+        int(p.parent.name.rpartition("-")[2]) for p in stage.glob("checkpoint-*/state.json")
+    )
 
 
 def train_arguments(

@@ -67,6 +67,8 @@ class TrainState(Model):
     plan: PlanState
     window: Window = Window()
     best: Best | None = None
+    latest: dict[str, float] = Field(default_factory=dict)
+    """Numbers as they were last logged, for the model card."""
     n_clips: int = 0
     """Clips trained on in this stage."""
     n_positions: int = 0
@@ -245,7 +247,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
+        # safetensors writes for the owner alone; a run is as open as the folder that it is in.
+        mode = aside.stat().st_mode & 0o666
         for path in aside.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)
             fsync_file(path)
         fsync_folder(aside)
         _replace(aside, folder)

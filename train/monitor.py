@@ -202,14 +202,15 @@ class Doctor:
             else "of no one answer"
         )
         kept = (
-            f"The last checkpoint, {checkpoint.name}, is good"
+            f"The last checkpoint, {checkpoint.name}, is kept: the same command goes on from there"
             if checkpoint
             else "No checkpoint was written yet"
         )
         return DivergedError(
             f"the loss became {losses.loss:.4g} at step {losses.step} of {self._stage.name}: {whose} "
-            f"({path.name} lists the batch). {kept}. Lower the learning rate (stages.N.optim.lr, now "
-            f"{losses.learning_rate:.3g}), set stages.N.optim.grad_clip=1.0, or look at these samples."
+            f"({path.name} lists the batch). {kept}. Lower the learning rate "
+            f"(stages.N.optim.lr, now {losses.learning_rate:.3g}), set "
+            "stages.N.optim.grad_clip=1.0, or look at these samples."
         )
 
 

@@ -151,7 +151,9 @@ class ViewReader:
                 places = [i for i, s in enumerate(sources) if s == source]
                 chosen = [records[i] for i in places]
                 batch = self._readers[source].read(chosen)[stream]
-                _refuse_non_finite(stream, chosen, batch.tokens)
+                for numbers in (batch.tokens, batch.cls):
+                    if numbers is not None:
+                        _refuse_non_finite(stream, chosen, numbers)
                 parts[source] = places, batch
             merged = [(places, b.tokens, b.mask, b.cls) for places, b in parts.values()]
             tokens[stream] = _merge([(p, t) for p, t, _, _ in merged])

@@ -82,14 +82,14 @@ def continued(run: Path, preset: Preset, records_sha256: str) -> RunInfo | None:
 
     Raises:
         CheckpointError: The folder holds something else, a run of another configuration (lists the
-            fields; `execution` may differ), or one on other records.
+            fields; `execution` and `optim.accumulate` may differ), or one on other records.
     """
-    if not run.exists() or not any(run.iterdir()):
+    if not run.exists() or _is_unborn(run):
         return None
     known, info = read_run(run)
     if not info.finished and not any(run.glob("*/checkpoint-*/state.json")):
         return None  # it ended before anything was saved, so there is nothing to lose
-    fields = differences(preset, known.model_copy(update={"execution": preset.execution}))
+    fields = differences(preset, _with_free_settings_of(preset, known))
     if fields:
         raise CheckpointError(
             f"{run}: holds a run of another configuration ({describe_differences(fields)}). "
@@ -101,6 +101,27 @@ def continued(run: Path, preset: Preset, records_sha256: str) -> RunInfo | None:
             "store could serve). Give another --out, or that manifest and store."
         )
     return info
+
+
+def _with_free_settings_of(preset: Preset, known: Preset) -> Preset:
+    """Return a known configuration with those settings of another that may change on the way.
+
+    `accumulate` is among them since with another number of processes it keeps a step what it was.
+    """
+    stages = known.stages
+    if [s.name for s in stages] == [s.name for s in preset.stages]:
+        stages = tuple(
+            old.model_copy(
+                update={"optim": old.optim.model_copy(update={"accumulate": new.optim.accumulate})}
+            )
+            for old, new in zip(known.stages, preset.stages, strict=True)
+        )
+    return known.model_copy(update={"execution": preset.execution, "stages": stages})
+
+
+def _is_unborn(run: Path) -> bool:
+    """True of an empty folder, and of one whose run was killed before run.json was there."""
+    return all(p.name == "config.json" or p.name.endswith(".partial") for p in run.iterdir())
 
 
 def versions() -> dict[str, str]:

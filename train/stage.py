@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
-from cache.errors import StoppedError
+from cache.errors import DivergedError, StoppedError
 from train.card import write_card
 from train.checkpoint import (
     Best,
@@ -155,7 +155,7 @@ class StageTrainer:
         self._doctor = Doctor(folder, vocabulary)
         self._pending: deque[_Pending] = deque()
         self._speed = _Speed()
-        self._latest: dict[str, float] = {}
+        self._latest: dict[str, float] = dict(state.latest)
         # A GPU is not waited for: its loss is looked at one step later.
         self._lag = 1 if processes.device.type == "cuda" else 0
 
@@ -306,7 +306,7 @@ class StageTrainer:
         if best is not None and (value >= best.value if metric == "loss" else value <= best.value):
             return
         self._state = self._state.model_copy(update={"best": Best(step=step, value=value)})
-        trained = trained_tensors(self._model)
+        trained = self._trained()
         if self._processes.is_first:
             self._write_finished(self._folder / f"best-{step}", trained, numbers)
             prune_best(self._folder)
@@ -341,13 +341,30 @@ class StageTrainer:
     def _save(self) -> None:
         """Write a checkpoint; all processes must call."""
         self._settle_all()
-        trained, moments = trained_tensors(self._model), self._moments()
+        trained, moments = self._trained(), self._moments()
+        self._state = self._state.model_copy(update={"latest": self._latest})
         if self._processes.is_first:
             folder = self._folder / f"checkpoint-{self._state.step}"
             config = self._model.llm.peft_config["default"]
             save_checkpoint(folder, self._state, trained, moments, config)
             prune(self._folder, self._preset.execution.keep_last)
         self._processes.wait()
+
+    def _trained(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return what is to be kept; all processes must call.
+
+        Raises:
+            DivergedError: A weight is not finite: a gradient was not, though the loss still is.
+        """
+        parts, lora = trained_tensors(self._model)
+        bad = [n for n, t in {**parts, **lora}.items() if not bool(torch.isfinite(t).all())]
+        if bad:
+            raise DivergedError(
+                f"step {self._state.step} of {self._stage.name}: {len(bad)} trained tensors are no longer "
+                f"finite, first: {', '.join(bad[:5])}. They are not saved; the last checkpoint stands. "
+                "Lower the learning rate (stages.N.optim.lr) or set stages.N.optim.grad_clip=1.0."
+            )
+        return parts, lora
 
     def _parameters(self) -> Sequence[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
