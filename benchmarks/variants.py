@@ -1,6 +1,6 @@
 """Training schemes and pre-fusion variants side by side on the demo corpus, over several seeds.
 
-    python benchmarks/variants.py --out runs/variants            # about 20 minutes on two idle cores
+    python benchmarks/variants.py --out runs/variants            # about 15 minutes on two idle cores
 
 The clips are generated and the networks tiny: what this shows is that every variant trains, scores and
 repeats by the same machinery. It says nothing about which of them is better on real data.
@@ -150,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "variants")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=45, help="of each stage")
+    parser.add_argument("--steps", type=int, default=20, help="of each stage")
     arguments = parser.parse_args()
     from eval.demo import demo
 

@@ -25,8 +25,8 @@ from tests.conftest import key_of, make_clip
 from train import backbone, estimate
 from train.backbone import empty_llm, llm_path
 from train.config import Preset, configure
+from train.costs import Costs, Work, lines
 from train.data import Group, PrefixBatch, Question, Renderer, collate, model_arguments
-from train.estimate import Costs, Work, lines
 from train.mixture import Ask
 from train.model import EmotionLlama, build
 from train.packing import Grouper
@@ -210,7 +210,7 @@ def test_quantized_and_shared_weights_take_less(
 ) -> None:
     work = Work.of([group_of(448, (58, 12))], padded=False)
 
-    def memory(*overrides: str, **others: Any) -> estimate.Memory:
+    def memory(*overrides: str, **others: Any) -> Memory:
         return Costs(v2_of(llama_folder, *overrides), v2_on_meta, CUDA).memory(work, **others)
 
     linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
