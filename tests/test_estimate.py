@@ -25,8 +25,9 @@ from tests.conftest import key_of, make_clip
 from train import backbone, estimate
 from train.backbone import empty_llm, llm_path
 from train.config import Preset, configure
-from train.costs import Costs, Work, lines
+from train.costs import Costs, Memory, Work
 from train.data import Group, PrefixBatch, Question, Renderer, collate, model_arguments
+from train.estimate import lines
 from train.mixture import Ask
 from train.model import EmotionLlama, build
 from train.packing import Grouper
