@@ -22,7 +22,7 @@ from cache.reader import TokenReader
 from cache.spec import TokenSpec
 from cache.store import TokenStore
 from tests.conftest import key_of, make_clip
-from train import backbone, estimate
+from train import backbone, costs, estimate
 from train.backbone import empty_llm, llm_path
 from train.config import Preset, configure
 from train.costs import Costs, Memory, Work
@@ -405,5 +405,5 @@ def test_experts_count_as_often_as_they_are_met() -> None:
     layer = nn.Module()
     layer.experts = nn.Parameter(torch.empty(8, 6, 4), requires_grad=False)
     layer.router = nn.Linear(4, 8, bias=False).requires_grad_(False)
-    maps = estimate._maps(layer, 2)
+    maps = costs._maps(layer, 2)
     assert sum(m.n_in * m.n_out * m.times for m in maps) == 2 * 6 * 4 + 4 * 8
