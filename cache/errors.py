@@ -57,6 +57,10 @@ class DivergedError(EmocacheError):
     """Training went astray, a loss that is not a number for example; the last checkpoint is good."""
 
 
+class TrackerError(EmocacheError):
+    """A service that is told of a training refuses."""
+
+
 class ExtractionStopped(EmocacheError):
     """Extraction cannot go on: most clips of late failed alike, or no decoder process starts."""
 

@@ -8,11 +8,12 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from cache.errors import DivergedError, MissingDependencyError
+from cache.errors import DivergedError, MissingDependencyError, TrackerError
 from cache.files import write_text_aside
 
 logger = logging.getLogger(__name__)
@@ -106,18 +107,34 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def _tracker(name: Tracker, run: Path, stage: str, config: Mapping[str, Any]) -> Any:
-    """Return accelerate's tracker of a service, which knows how to talk to it."""
+    """Return accelerate's tracker of a service, which knows how to talk to it.
+
+    Raises:
+        TrackerError: The service refuses, in its own words.
+    """
     from accelerate import PartialState
     from accelerate.tracking import MLflowTracker, WandBTracker
 
     PartialState()
+    where, own = {
+        "wandb": ("wandb.errors", "Error"),
+        "mlflow": ("mlflow.exceptions", "MlflowException"),
+    }[name]
+    refused: type[Exception] = getattr(import_module(where), own)
     tracker: Any
-    if name == "wandb":
-        tracker = WandBTracker(run.name, dir=str(run), group=run.name, name=f"{run.name}-{stage}")
-    else:
-        tracker = MLflowTracker(run.name, run_name=f"{run.name}-{stage}")
-    tracker.start()
-    tracker.store_init_configuration(flat(config))
+    try:
+        if name == "wandb":
+            called = f"{run.name}-{stage}"
+            tracker = WandBTracker(run.name, dir=str(run), group=run.name, name=called)
+        else:
+            tracker = MLflowTracker(run.name, run_name=f"{run.name}-{stage}")
+        tracker.start()
+        tracker.store_init_configuration(flat(config))
+    except (refused, OSError) as error:
+        raise TrackerError(
+            f"--track {name}: {str(error).splitlines()[0]} Mend it, or leave the option out: the run goes "
+            "on where it stands."
+        ) from None
     return tracker
 
 
