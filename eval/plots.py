@@ -226,6 +226,7 @@ def _training(curves: Sequence[Curve], theme: _Theme) -> Figure:
         axes.tick_params(color=theme.rule)
         _hide_spines(axes, "top", "right", "left")
         axes.spines["bottom"].set_color(theme.rule)
+    figure.align_ylabels(panels)
     return figure
 
 

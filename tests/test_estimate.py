@@ -282,7 +282,7 @@ def test_activations_are_what_torch_saves(store: TokenStore, dtype: str, again: 
         (prefix,) = {stop - first for _, _, first, stop in batch["segments"].rows} - {0}
         width, item = 2 * 128, expected_bytes_of(dtype)
         expected += 4 * 3 * prefix * width * item
-    assert n_bytes == pytest.approx(expected, rel=0.1)
+    assert n_bytes == pytest.approx(expected, rel=0.1), (n_bytes, expected, memory)
 
 
 def expected_bytes_of(dtype: str) -> int:

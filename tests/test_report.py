@@ -12,8 +12,13 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
+from cache.clip import Clip, Record
 from cache.errors import MissingDependencyError
-from eval.evaluate import read_history
+from cache.labels import LabelSpace
+from cache.manifest import Header, Manifest
+from cache.spec import TokenSpec
+from cache.store import TokenStore
+from eval.evaluate import evaluate, read_history
 from eval.metrics import score_single_label
 from eval.plots import MAX_POINTS, Curve, draw_confusion, draw_training
 from eval.report import (
@@ -35,6 +40,10 @@ from eval.report import (
     training_curves,
     write_report,
 )
+from tests.conftest import key_of, make_clip
+from train.config import configure
+from train.loop import train
+from train.presets import demo
 
 EVIL = '<script>alert("x")</script>'
 LABELS = ["angry", "happy", "neutral", EVIL]
@@ -260,6 +269,37 @@ def test_both_lines_of_a_step_are_read_as_one_row(tmp_path: Path) -> None:
         HistoryRow(stage="one", step=6, val_loss=1.25, val_token_accuracy=0.75),
         HistoryRow(stage="two", step=5, loss=1.0, learning_rate=0.1, clips_per_s=3.0),
     )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_a_report_says_which_weights_were_scored(
+    tmp_path: Path, specs: dict[str, TokenSpec]
+) -> None:
+    names = [f"clip{i}" for i in range(4)]
+    store = TokenStore.open_or_create(tmp_path / "store")
+    for spec in specs.values():
+        store.commit(spec, [make_clip(spec, name) for name in names], {"torch": "0"})
+    splits = ("train", "train", "val", "test")
+    manifest = Manifest(
+        header=Header(media_root=".", label_space=LabelSpace(name="e", labels=("happy", "sad"))),
+        records=tuple(
+            Record(
+                uid=f"made/{name}", media=name, clip=Clip(sha256=key_of(name), n_bytes=1),
+                split=split, label=label, description="Low.",
+            )
+            for name, split, label in zip(names, splits, ("happy", "sad") * 2, strict=True)
+        ),
+    )  # fmt: skip
+    steps = ("stages.0.n_steps=1", "stages.1.n_steps=2", "execution.log_every_steps=1")
+    preset = configure(demo(), [*steps, "execution.validate_every_steps=1"])
+    run = tmp_path / "run"
+    train(preset, manifest, tmp_path / "m.parquet", store, run)
+    for weights, said in (("final", "final, at the end of stage2"), ("best", "stage2/best-")):
+        found = evaluate(run, manifest, store, split="test", weights=weights, max_new_tokens=1)
+        assert found.report_html.parent.name == "eval-test-emotion" + "-best" * (weights == "best")
+        page = Page(found.report_html.read_text(encoding="utf-8"))
+        assert said in page.text
+        assert "Best validation loss" in page.text
 
 
 def test_the_markdown_links_to_its_figures(written: tuple[str, str, Path]) -> None:

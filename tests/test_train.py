@@ -38,7 +38,7 @@ from tests.training import numbers_of
 from train.backbone import llm_path
 from train.checkpoint import load_trained
 from train.config import Preset, configure
-from train.data import Renderer, collate
+from train.data import Renderer, collate, model_arguments
 from train.loop import train
 from train.mixture import Ask, Mixture, Sample
 from train.model import build
@@ -697,3 +697,34 @@ def test_best_follows_the_validation(
         assert "val loss" in card
     one = load_run(tmp_path / "run", weights="best")
     assert one.preset.name == "demo"
+
+
+@pytest.mark.parametrize(
+    ("override", "block", "n_tokens"),
+    [
+        ("views.audio.n_tokens=4", "audio", 4),
+        ("views.audio.n_tokens=40", "audio", 40),
+        ("views.video.n_frames=2", "video", 8),
+        ("views.video.grid=1", "video", 4),
+        ("views.image.join=12", "image", 12),
+    ],
+)
+def test_figure_3_needs_one_store(
+    corpus: tuple[Manifest, Path, TokenStore], override: str, block: str, n_tokens: int
+) -> None:
+    """Numbers of audio tokens, frames and visual tokens are views: nothing is extracted again."""
+    manifest, _, store = corpus
+    preset = configure(demo(), [override, "model.fusion.n_tokens=16"])
+    blocks = dict(preset.layout().blocks)
+    assert blocks == {"fusion": 16, "image": 36, "video": 16, "audio": 16} | {block: n_tokens}
+    grouper, reader = grouper_of(preset, store), ViewReader(store, preset)
+    chosen = manifest.records[1:6]  # one without audio, one without picture
+    groups = [grouper.group(r, [Ask("emotion", 0)], with_answer=True) for r in chosen]
+    batch = collate(preset, groups, reader.read(chosen))
+    assert len(batch["order"]) == sum(g.n_positions for g in groups)
+    model, _ = build(preset)
+    loss = model(**model_arguments(batch))["loss_sum"]
+    loss.backward()
+    assert math.isfinite(float(loss.detach()))
+    assert model.fusion is not None
+    assert all(p.grad is not None for p in model.fusion.parameters())
