@@ -115,12 +115,12 @@ def group_of(n_prefix: int, *texts: tuple[int, int]) -> Group:
 
 
 def demo_batch(preset: Preset, store: TokenStore, llm_tokenizer: Any) -> tuple[Work, PrefixBatch]:
-    """A pack of five clips, one of them with three questions."""
+    """A pack of four clips, one of them with three questions."""
     manifest, reader = made_manifest(), ViewReader(store, preset)
     assert manifest.header.label_space is not None
     renderer = Renderer(preset, llm_tokenizer, manifest.header.label_space)
     grouper = Grouper(preset, reader, renderer, None)
-    asks = [[Ask("emotion", 0)]] * 4 + [[Ask("think", 0), Ask("emotion", 1), Ask("think", 2)]]
+    asks = [[Ask("emotion", 0)]] * 3 + [[Ask("think", 0), Ask("emotion", 1), Ask("think", 2)]]
     pack = tuple(
         grouper.group(record, ask, with_answer=True)
         for record, ask in zip(manifest.records, asks, strict=False)
@@ -247,14 +247,11 @@ def test_arithmetic_is_what_torch_counts(store: TokenStore, attention: str, agai
     model.train()
     with FlopCounterMode(display=False) as counter:
         model(**model_arguments(batch))["loss_sum"].backward()
-    costs = Costs(preset, on_meta(preset), CPU)
-    found = costs.flops(work)
+    found = Costs(preset, on_meta(preset), CPU).flops(work)
     counted = counter.get_flop_counts()["Global"]
     attended = sum(n for name, n in counted.items() if "scaled_dot" in str(name))
     others = sum(counted.values()) - attended
-    # Torch runs a layer again up to the last tensor that is needed: not its last matrix.
-    skipped = 2 * 4 * 128 * 320 * work.n_positions if again else 0
-    assert found.total - found.attention - skipped == pytest.approx(others, rel=0.02)
+    assert found.total - found.attention == pytest.approx(others, rel=0.02)
     # The counter multiplies all pairs, also those that causal attention skips.
     if attention == "padded":
         assert found.attention == pytest.approx(attended, rel=0.01)
@@ -282,7 +279,7 @@ def test_activations_are_what_torch_saves(store: TokenStore, dtype: str, again: 
         (prefix,) = {stop - first for _, _, first, stop in batch["segments"].rows} - {0}
         width, item = 2 * 128, expected_bytes_of(dtype)
         expected += 4 * 3 * prefix * width * item
-    assert n_bytes == pytest.approx(expected, rel=0.1), (n_bytes, expected, memory)
+    assert n_bytes == pytest.approx(expected, rel=0.1)
 
 
 def expected_bytes_of(dtype: str) -> int:
