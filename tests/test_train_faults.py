@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,8 @@ def test_killed_at_random_moments_a_run_loses_nothing(
             while _stamp(run) == before and process.exitcode is None:
                 time.sleep(0.001)
             time.sleep(rng.uniform(0, 0.2))
-            os.kill(process.pid or 0, getattr(signal, way))
+            with suppress(ProcessLookupError):  # it may have finished meanwhile
+                os.kill(process.pid or 0, getattr(signal, way))
         (code,) = end(process)
         now = assert_whole(run)
         assert all(now.get(stage, 0) >= step for stage, step in newest.items()), (way, newest, now)
