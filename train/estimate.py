@@ -58,9 +58,6 @@ def measure_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
         size *= 2
 
 
-# --------------------------------------------------------------------------- the estimate
-
-
 @dataclass(frozen=True)
 class Spread:
     """A number that differs from step to step."""
@@ -286,9 +283,6 @@ def _mean(packs: Sequence[Work]) -> Work:
         sum(w.n_pairs for w in packs) / n,
         sum(w.n_logits for w in packs) / n,
     )
-
-
-# --------------------------------------------------------------------------- as text
 
 
 def lines(found: Estimate) -> list[str]:

@@ -190,8 +190,6 @@ class StageTrainer:
                 )
         return self._state
 
-    # ------------------------------------------------------------------------ a step
-
     def _train_on(self, loaded: LoadedStep) -> None:
         step, optim = self._state.step + 1, self._stage.optim
         torch.manual_seed(
@@ -285,8 +283,6 @@ class StageTrainer:
     def _last_saved(self) -> int:
         steps = [p.name.rpartition("-")[2] for p in self._folder.glob("checkpoint-*")]
         return max((int(s) for s in steps if s.isdigit()), default=0)
-
-    # ------------------------------------------------------------------------ what is kept
 
     def _validate(self) -> None:
         assert self._validation is not None
