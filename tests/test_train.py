@@ -728,3 +728,33 @@ def test_figure_3_needs_one_store(
     assert math.isfinite(float(loss.detach()))
     assert model.fusion is not None
     assert all(p.grad is not None for p in model.fusion.parameters())
+
+
+def test_the_other_schemes_are_the_same_machinery() -> None:
+    perception, joint = preset("v2-perception-only"), preset("v2-single-joint")
+    assert [s.n_steps for s in perception.stages] == [50_000]
+    assert perception.stages[0] == v2().stages[0]
+    (stage,) = joint.stages
+    assert stage.n_steps == 100_000  # section 5.1: both stages together
+    assert stage.tasks == v2().stages[1].tasks
+    for other in (perception, joint):
+        assert other.model_copy(update={"name": "v2", "stages": v2().stages}) == v2()
+
+
+def test_v2_released_changes_what_the_released_code_does_otherwise() -> None:
+    released = preset("v2-released")
+    first, second = released.stages
+    # Reference facts, section 5.1: twelve corpora; weights that differ between the stages.
+    assert {n: c.weight for n, c in first.corpora.items()} == {
+        "mer2023": 60, "caer": 135, "dfew": 135, "bold": 135, "mc-eiu": 120, "mafw": 105, "e3": 195,
+        "iemocap": 120, "sims-v2": 60, "mosei": 240, "mosi": 45, "meld": 150,
+    }  # fmt: skip
+    assert second.corpora["mc-eiu"].weight == 150
+    assert set(first.corpora["meld"].tasks or ()) == {"emotion", "audio", "image"}
+    assert set(second.corpora["meld"].tasks or ()) == {"emotion", "reason", "think"}
+    assert released.prompt.option_list == "label_conditional"
+    assert released.prompt.answer_norm == "blip"
+    assert not released.data.mask_missing
+    same = {"name", "stages", "prompt", "data"}
+    for field in set(Preset.model_fields) - same:
+        assert getattr(released, field) == getattr(v2(), field), field
