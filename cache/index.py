@@ -36,7 +36,7 @@ _NEVER = -1
 _TRUNCATED, _NOTED = 4, 8
 """Bits of the column `flags`; the two lowest hold the status."""
 _LISTINGS = 5
-"""Times that units may be collected as garbage under a reader that opens a store."""
+"""Equal listings, of which a record is not there, after which a reader takes it for damage."""
 _FETCHES = 16
 """Commit records that are asked for at once: of a bucket, each takes a round trip."""
 
@@ -348,9 +348,14 @@ def read_index(storage: Storage, spec_id: str) -> Index:
         SchemaError: A commit record is damaged.
         StoreError: Records vanish again and again.
     """
-    for _ in range(_LISTINGS):
+    n_equal, before = 0, None
+    while n_equal < _LISTINGS:
+        n_equal += 1
         try:
             listed = np.array(unit_ids(storage, spec_id), "S24")
+            if before is not None and not np.array_equal(listed, before):
+                n_equal = 1  # others are at work, which says nothing of damage
+            before = listed
             base = _newest_snapshot(storage, spec_id, listed)
             fresh = listed if base is None else np.setdiff1d(listed, base.units.ids)
             commits = in_parallel(
