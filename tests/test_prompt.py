@@ -170,7 +170,7 @@ def test_missing_file_and_unknown_task_are_refused(tmp_path: Path) -> None:
 
 def test_choice_is_the_same_in_another_process() -> None:
     code = (
-        "import sys, train.instructions as p;"
+        "import sys, train.prompt, train.instructions as p;"
         "print([p.choose_instruction('emotion', 7, f'c/{i}', 2) for i in range(20)],"
         "[p.option_order('abcdef', 7, f'c/{i}', 2, shuffle=True) for i in range(20)],"
         "'torch' in sys.modules, 'transformers' in sys.modules)"
