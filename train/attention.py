@@ -112,7 +112,7 @@ def packed_attention(
             f"this language model's attention {kind}, and the longest sequence has "
             f"{segments.longest}; packed sequences cannot do that. Set execution.attention=padded."
         )
-    if _has_flash(query):
+    if not dropout and _has_flash(query):  # flash attention has no dropout
         return _by_flash(query, key, value, segments, scaling).unsqueeze(0), None
     return _by_segment(query, key, value, segments, scaling, dropout), None
 
