@@ -226,7 +226,7 @@ def write_corpus(manifest: Path, real: Sequence[Path], n_clips: int) -> None:
         shutil.copyfile(path, root / "real" / path.name)
     write_demo_corpus(root / "generated", n_clips=n_clips - len(real))
     indexed, _ = index_folder(root, manifest, corpus="benchmark")
-    records = tuple(sorted(indexed.records, key=lambda record: record.clip.sha256))
+    records = tuple(sorted(indexed.records, key=lambda record: record.sha256))
     write_manifest(manifest, Manifest(header=indexed.header, records=records))
 
 
@@ -365,7 +365,7 @@ def decode_clips(
 
     def inputs_of(record: Record) -> ClipInputs:
         requests = [request_of(spec, record) for spec in bank.specs]
-        return prepare_inputs(root / record.media, record.clip.sha256, record.media, requests)
+        return prepare_inputs(root / record.media, record.sha256, record.media, requests)
 
     inputs_of(records[rows[0]])  # imports
     if barrier is not None:
@@ -391,7 +391,7 @@ def whole_clips(records: Sequence[Record], n_clips: int) -> list[int]:
     whole = [
         row
         for row, record in enumerate(records)
-        if record.clip.has_audio and record.clip.has_video and (record.clip.duration_s or 0) <= 15
+        if record.seen_clip.has_audio and record.seen_clip.has_video and (record.seen_clip.duration_s or 0) <= 15
     ]
     real = [row for row in whole if is_real(records[row].uid)]
     made = [row for row in whole if not is_real(records[row].uid)]

@@ -393,7 +393,7 @@ def _compare_with_records(
 
 def _disagreement(spec: TokenSpec, entry: Entry, record: Record) -> str | None:
     """Return how an entry contradicts what a manifest says of the clip."""
-    clip = record.clip
+    clip = record.seen_clip
     has = {"audio": clip.has_audio, "video": clip.has_video, "image": clip.has_image}[spec.stream]
     if has and entry.status is Status.ABSENT:
         return f"the {spec.stream} stream is absent, but the manifest says that there is one"

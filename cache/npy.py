@@ -414,7 +414,7 @@ def _names(spec: TokenSpec, records: Sequence[Record]) -> list[dict[str, set[str
             {source, safe_name(source)},
             {str(media)},
             {media.name},
-            {record.clip.sha256, key},
+            {record.sha256, key},
         )
         for table, found in zip(tables, names, strict=True):
             for name in found:

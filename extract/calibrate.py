@@ -134,7 +134,7 @@ def _decode(pool: DecodePool, source: MediaSource, unit: Unit, place: int) -> Pr
     record = unit.records[place]
     requests = tuple(request_of(spec, record) for spec in unit.specs)
     with source.fetch(record) as path:
-        return pool.submit(DecodeJob(path, record.clip.sha256, record.media, requests)).result()
+        return pool.submit(DecodeJob(path, record.sha256, record.media, requests)).result()
 
 
 def _seconds_per_clip(

@@ -117,7 +117,7 @@ def make_plan(
         for missing, rows in work.items()
         for pack in _packs(rows, unit_clips)
     )
-    n_clips = len({record.clip.sha256 for record in records})
+    n_clips = len({record.sha256 for record in records})
     return Plan(
         plan.specs, labels, units, n_clips, plan.retry, unit_clips,
         plan.known, plan.served, plan.misses, plan.n_bytes,
@@ -206,11 +206,11 @@ def unique_labels(specs: Sequence[TokenSpec]) -> tuple[str, ...]:
 
 def token_bytes(spec: TokenSpec, record: Record) -> int:
     """Return how many bytes a record's tokens take, as far as its container tells."""
-    if spec.stream == "audio" and record.clip.has_audio is False:
+    if spec.stream == "audio" and record.seen_clip.has_audio is False:
         return 0
     n_tokens, *tail = spec.max_shape
-    if spec.stream == "audio" and record.clip.duration_s is not None:
-        n_tokens = min(n_tokens, math.ceil(record.clip.duration_s * AUDIO_FRAMES_PER_S))
+    if spec.stream == "audio" and record.seen_clip.duration_s is not None:
+        n_tokens = min(n_tokens, math.ceil(record.seen_clip.duration_s * AUDIO_FRAMES_PER_S))
     return n_tokens * math.prod(tail) * np.dtype(STORED_DTYPES[spec.dtype]).itemsize
 
 

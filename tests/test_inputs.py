@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import extract.inputs
-from cache.clip import Clip, Record, file_sha256
+from cache.clip import Clip, Peak, Record, file_sha256
 from cache.errors import SchemaError
 from cache.spec import TokenSpec
 from extract.decode import decode
@@ -64,7 +64,9 @@ def failure(inputs: ClipInputs, number: int = 0) -> Failure:
 
 
 def test_requests_of_specs(specs: dict[str, TokenSpec]) -> None:
-    record = Record(uid="c/1", media="1.mp4", clip=Clip(sha256="ab" * 32, n_bytes=1), peak_index=7)
+    record = Record(
+        uid="c/1", media="1.mp4", clip=Clip(sha256="ab" * 32, n_bytes=1), peak=Peak(index=7)
+    )
     assert request_of(specs["audio"], record) == AUDIO
     found = request_of(specs["video"], record)
     assert (found.frames, found.n_frames, found.peak_index) == ("uniform", 16, None)

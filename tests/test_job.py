@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import pytest
 from pydantic import ValidationError
 
-from cache.clip import Clip, Record
+from cache.clip import Clip, Record, Subtitle
 from cache.commit import Status
 from cache.errors import SchemaError, StoreError
 from cache.object_storage import ObjectStorage
@@ -174,7 +174,8 @@ def test_a_job_is_known_by_its_clips_specs_and_retries_and_by_nothing_else(specs
     identity = job_id(records, two)
     assert len(identity) == 16
     assert int(identity, 16)
-    same = [record("a", subtitle="hello", split="train"), record("b", label="joy")]
+    hello = (Subtitle(text="hello"),)
+    same = [record("a", subtitles=hello, split="train"), record("b", emotion="joy")]
     assert job_id(same, two[::-1]) == identity
     assert job_id(records, two, ["hang", "crash"]) == job_id(records, two, ["crash", "hang"])
     others = [
