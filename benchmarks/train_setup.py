@@ -16,11 +16,12 @@ import numpy as np
 import torch
 import train_flops
 
-from cache.clip import Clip, Record
+from cache.clip import Clip, Description, Record, Subtitle
 from cache.commit import ClipTokens, Status
 from cache.encoders import NAMED_ENCODERS, EvaEncoder, WhisperEncoder
 from cache.labels import LabelSpace
 from cache.layout import CLIPS_PER_SHARD
+from cache.manifest import Header
 from cache.reader import TokenReader
 from cache.spec import STREAMS, Stream, TokenSpec
 from cache.store import TokenStore
@@ -148,9 +149,13 @@ def described(record: Record, number: int) -> Record:
     return record.model_copy(
         update={
             "split": "train",
-            "label": LABELS[number % len(LABELS)],
-            "subtitle": words(rng, int(rng.integers(4, 15, endpoint=True))),
-            "description": words(rng, int(rng.integers(40, 150, endpoint=True))),
+            "emotion": LABELS[number % len(LABELS)],
+            "subtitles": (Subtitle(text=words(rng, int(rng.integers(4, 15, endpoint=True)))),),
+            "descriptions": (
+                Description(
+                    kind="multimodal", text=words(rng, int(rng.integers(40, 150, endpoint=True)))
+                ),
+            ),
         }
     )
 
@@ -274,8 +279,9 @@ class Subject:
         self.scale, self.records, self.store = scale, records, store
         self.preset, self.device = preset, torch.device(device)
         self.reader = ViewReader(store, preset, pin_memory=device == "cuda")
-        space = LabelSpace(name="made-up", labels=LABELS)
-        renderer = Renderer(preset, load_tokenizer(preset.model.llm), space)
+        spaces = {"emotion": LabelSpace(name="made-up", labels=LABELS)}
+        header = Header(media_root=".", label_spaces=spaces)
+        renderer = Renderer(preset, load_tokenizer(preset.model.llm), header)
         self.grouper = Grouper(preset, self.reader, renderer, None)
         llm = build_llm(scale, device)
         self.vocabulary = int(llm.config.vocab_size)

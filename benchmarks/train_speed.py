@@ -88,9 +88,10 @@ def _packing_of(bench: Bench, n_clips: int) -> Result:
 def _text_lengths(chosen: Sequence[Pack]) -> Result:
     prompts = [q.prompt for pack in chosen for group in pack for q in group.questions]
     records = [group.record for pack in chosen for group in pack]
-    n_words = sum(len((r.description or "").split()) for r in records)
+    texts = [text for r in records for text in r.described("multimodal")]
+    n_words = sum(len(text.split()) for text in texts)
     tokenizer = train_setup.load_bundled_tokenizer()
-    n_tokens = sum(len(tokenizer(r.description).input_ids) for r in records)
+    n_tokens = sum(len(tokenizer(text).input_ids) for text in texts)
     return {
         "tail": middle(len(p.tail_ids) for p in prompts),
         "answer_min": min(len(p.answer_ids) for p in prompts),

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from cache.clip import Record  # noqa: E402
+from cache.clip import Description, Record  # noqa: E402
 from cache.files import write_aside, write_text_aside  # noqa: E402
 from cache.manifest import Manifest, media_root, read_manifest, write_manifest  # noqa: E402
 from cache.schema import Model  # noqa: E402
@@ -117,15 +117,15 @@ def harder(manifest: Manifest, n_train: int = N_TRAIN, wrong: float = WRONG_LABE
     labels = list(EMOTIONS)
     trained: dict[str, Record] = {}
     for label in labels:
-        own = [r for r in manifest.select("train") if r.label == label]
+        own = [r for r in manifest.select("train") if r.emotion == label]
         own = sorted(own, key=lambda r: hashlib.sha256(r.uid.encode()).digest())
         own = own[: n_train // len(labels)]
         others = [other for other in labels if other != label]
         for i, record in enumerate(own):
             if i < round(wrong * len(own)):
                 other = others[i % len(others)]
-                changes = {"label": other, "description": describe(other)}
-                record = record.model_copy(update=changes)
+                text = Description(kind="multimodal", text=describe(other))
+                record = record.model_copy(update={"emotion": other, "descriptions": (text,)})
             trained[record.uid] = record
     records = tuple(
         trained.get(r.uid, r) for r in manifest.records if r.split != "train" or r.uid in trained

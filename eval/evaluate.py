@@ -1,8 +1,13 @@
-"""Score a run on a split, under one or several conditions, and write predictions and report."""
+"""Score a run on a split, under one or several conditions, and write predictions and reports.
+
+Records are scored within the label space that their prompts listed. Where a manifest has corpora with
+spaces of their own, each space has scores and a report for itself.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,14 +17,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from cache.clip import Record
 from cache.commit import Status
 from cache.errors import ManifestError, MissingDependencyError, SchemaError, near_miss
 from cache.files import write_text_aside
+from cache.labels import LabelField, LabelSpace
 from cache.manifest import Manifest
 from cache.spec import STREAMS
 from cache.store import TokenStore
 from eval.generate import TrainedRun, generate, load_run
-from eval.metrics import SingleLabelScores, score_single_label
+from eval.metrics import (
+    MultiLabelScores,
+    SingleLabelScores,
+    score_multi_label,
+    score_single_label,
+)
 from eval.predictions import Prediction, write_predictions
 from eval.report import (
     Fact,
@@ -33,7 +45,7 @@ from eval.report import (
 )
 from train.checkpoint import best_folder
 from train.reading import ViewReader, usable
-from train.tasks import TASK_NEEDS, check_task
+from train.tasks import SEVERAL_LABELS, TASK_TABLE, check_task
 
 MASKS: dict[str, tuple[str, ...]] = {
     "audio": ("audio",),
@@ -42,6 +54,9 @@ MASKS: dict[str, tuple[str, ...]] = {
     "picture": ("image", "video"),
 }
 """What `--mask` may name; a picture is what both visual streams see."""
+
+SCORED = tuple(task for task, row in TASK_TABLE.items() if row.label not in (None, "emotion_ov"))
+"""Tasks that can be evaluated: any words are a reply to `open-vocabulary`, so none can be off the list."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +67,12 @@ class Evaluation:
     scores: Path
     report_html: Path
     report_md: Path
+    """Of the first label space, as `report_html`."""
     rows: tuple[ScoreRow, ...]
-    """The first is without masks."""
+    """The first is without masks. With several label spaces, each name starts with the corpora."""
     clips_per_s: float
+    reports: tuple[Path, ...]
+    """The HTML report of each label space."""
 
 
 def evaluate(
@@ -80,7 +98,7 @@ def evaluate(
         manifest: Records with labels.
         store: Committed tokens.
         split: Which records.
-        task: `emotion`, or `think` for reasoning with a label.
+        task: One of `SCORED`: names a label, with reasoning before it or without.
         masks: Further conditions, each with the named streams hidden; see `MASKS`.
         batch_size: Records per batch.
         max_new_tokens: Longest reply.
@@ -96,22 +114,25 @@ def evaluate(
         CheckpointError: Not a finished run, or `best` of a stage that never validated.
         MissingDependencyError: scikit-learn, matplotlib or jinja2 is not installed.
     """
-    if "label" not in TASK_NEEDS[check_task(task)]:
+    field = TASK_TABLE[check_task(task)].label
+    if field is None or task not in SCORED:
         raise SchemaError(
-            f"task '{task}' names no label, so it has no score. Use emotion or think."
+            f"task '{task}' names no label of a list, so it has no score here. "
+            f"Use one of: {', '.join(SCORED)}."
         )
     _check_libraries()
     conditions = [("all streams", ()), *((f"{name} masked", mask_streams(name)) for name in masks)]
-    trained = load_run(run, device, overrides, weights, manifest.header.label_space)
+    trained = load_run(run, device, overrides, weights, manifest.header)
     reader = ViewReader(store, trained.preset)
     chosen = manifest.select(split)
-    records = [r for r in usable(chosen, reader, trained.preset.data) if r.label is not None]
+    records = [r for r in usable(chosen, reader, trained.preset.data) if r.labels_of(field)]
     if not records:
         raise ManifestError(
-            f"split {split!r}: none of its {len(chosen)} records has a label and tokens to score"
+            f"split {split!r}: none of its {len(chosen)} records has a label in '{field}' and tokens to score"
         )
+    groups = _by_space(records, field, trained)
     predictions: list[Prediction] = []
-    rows = []
+    rows: list[list[ScoreRow]] = [[] for _ in groups]
     started = time.monotonic()
     for name, streams in conditions:
         found = list(
@@ -127,32 +148,102 @@ def evaluate(
             )
         )
         predictions += found
-        rows.append(ScoreRow(name=name, scores=_score(found, trained)))
+        for number, group in enumerate(groups):
+            own = [p for p in found if p.uid in group.uids]
+            shown = f"{group.name}: {name}" if len(groups) > 1 else name
+            rows[number].append(ScoreRow(name=shown, scores=_score(own, group.space, field)))
     clips_per_s = len(predictions) / (time.monotonic() - started)
     out = out or run / f"eval-{split}-{task}{'-best' if weights == 'best' else ''}"
     out.mkdir(parents=True, exist_ok=True)
     write_predictions(out / "predictions.jsonl", predictions)
-    scores = {row.name: row.scores.model_dump(mode="json") for row in rows}
+    every_row = tuple(row for of_group in rows for row in of_group)
+    scores = {row.name: row.scores.model_dump(mode="json") for row in every_row}
     write_text_aside(out / "scores.json", json.dumps(scores, indent=2) + "\n")
-    n_left_out = len(chosen) - len(records)
-    data = ReportData(
-        title=f"{trained.preset.name}: {task} on split {split}",
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        preset=trained.preset.name,
-        run_path=str(run),
-        weights=_weights(run, trained, weights),
-        store_path=str(store.root),
-        rows=tuple(rows),
-        history=read_history(run / "metrics.jsonl"),
-        throughput=_throughput(trained, clips_per_s),
-        store=_store_rows(store, reader),
-        parsing=_parsing(predictions),
-        provenance=_provenance(trained, reader),
-        notes=_notes(len(records), n_left_out, split),
-    )
-    html, markdown = write_report(data, out)
+    folders = _folders([group.name for group in groups])
+    written = []
+    for group, own_rows in zip(groups, rows, strict=True):
+        of_group = f", {group.name}" if len(groups) > 1 else ""
+        data = ReportData(
+            title=f"{trained.preset.name}: {task} on split {split}{of_group}",
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            preset=trained.preset.name,
+            run_path=str(run),
+            weights=_weights(run, trained, weights),
+            store_path=str(store.root),
+            rows=tuple(own_rows),
+            history=read_history(run / "metrics.jsonl"),
+            throughput=_throughput(trained, clips_per_s),
+            store=_store_rows(store, reader),
+            parsing=_parsing([p for p in predictions if p.uid in group.uids]),
+            provenance=_provenance(trained, reader, str(predictions[0].pool_id)),
+            notes=_notes(len(group.uids), len(chosen) - len(records), split),
+        )
+        written.append(write_report(data, out / folders[group.name] if len(groups) > 1 else out))
+    html, markdown = written[0]
     return Evaluation(
-        out / "predictions.jsonl", out / "scores.json", html, markdown, tuple(rows), clips_per_s
+        predictions=out / "predictions.jsonl",
+        scores=out / "scores.json",
+        report_html=html,
+        report_md=markdown,
+        rows=every_row,
+        clips_per_s=clips_per_s,
+        reports=tuple(page for page, _ in written),
+    )
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Records that are scored together: their prompts listed the labels of one space."""
+
+    space: LabelSpace
+    name: str
+    """Their corpora."""
+    uids: frozenset[str]
+
+
+def _folders(names: Sequence[str]) -> dict[str, str]:
+    """Return a folder for each name: the name without what a file system may not like."""
+    found: dict[str, str] = {}
+    for name in names:
+        folder = re.sub(r"[^\w-]+", "-", name).strip("-") or "other"
+        found[name] = folder if folder not in found.values() else f"{folder}-{len(found) + 1}"
+    return found
+
+
+def _by_space(
+    records: Sequence[Record], field: LabelField, trained: TrainedRun
+) -> tuple[_Group, ...]:
+    """Group records by their label space, in the order of their first records.
+
+    Raises:
+        ManifestError: A record without a space, or with a label outside: the run was trained on others.
+    """
+    spaces: list[LabelSpace] = []
+    groups: list[list[Record]] = []
+    for record in records:
+        space = trained.header.space(record.corpus, field)
+        if space is None:
+            raise ManifestError(
+                f"{record.uid}: neither the run nor the manifest has a label space for '{field}' of "
+                f"corpus '{record.corpus}'. Index the corpus again with its labels."
+            )
+        for label in record.labels_of(field):
+            if not space.holds(label):
+                raise ManifestError(
+                    f"{record.uid}: {space.refusal(label)} These are the labels that the run was trained "
+                    "to name; index the corpus with them, and others as aliases."
+                )
+        if space not in spaces:
+            spaces.append(space)
+            groups.append([])
+        groups[spaces.index(space)].append(record)
+    return tuple(
+        _Group(
+            space,
+            ", ".join(dict.fromkeys(r.corpus for r in group)),
+            frozenset(r.uid for r in group),
+        )
+        for space, group in zip(spaces, groups, strict=True)
     )
 
 
@@ -174,12 +265,20 @@ def mask_streams(name: str) -> tuple[str, ...]:
     return MASKS[name]
 
 
-def _score(predictions: Sequence[Prediction], trained: TrainedRun) -> SingleLabelScores:
+def _score(
+    predictions: Sequence[Prediction], space: LabelSpace, field: LabelField
+) -> SingleLabelScores | MultiLabelScores:
+    parses = [p.parse for p in predictions]
+    if field in SEVERAL_LABELS:
+        return score_multi_label(
+            [p.truths for p in predictions],
+            [p.labels for p in predictions],
+            space.labels,
+            parses,
+            [p.unread for p in predictions],
+        )
     return score_single_label(
-        [p.truth for p in predictions],
-        [p.label for p in predictions],
-        trained.labels.labels,
-        [p.parse for p in predictions],
+        [p.truth for p in predictions], [p.label for p in predictions], space.labels, parses
     )
 
 
@@ -263,14 +362,18 @@ def _parsing(predictions: Sequence[Prediction]) -> Parsing:
     bad = [p for p in predictions if p.parse == "off_list"]
     return Parsing(
         counts=dict(Counter(p.parse for p in predictions)),
-        examples=tuple(OffListReply(uid=p.uid, truth=p.truth, reply=p.reply) for p in bad[:5]),
+        examples=tuple(
+            OffListReply(uid=p.uid, truth=p.truth or ", ".join(p.truths) or None, reply=p.reply)
+            for p in bad[:5]
+        ),
     )
 
 
-def _provenance(trained: TrainedRun, reader: ViewReader) -> dict[str, str]:
+def _provenance(trained: TrainedRun, reader: ViewReader, pool_id: str) -> dict[str, str]:
     return {
         "run": trained.info.run_id,
         "seed": str(trained.preset.seed),
+        "instructions": pool_id,
         "language model": trained.preset.model.llm.path,
         "trained parameters": f"{sum(trained.info.trainable.values()):,}",
         **{f"{stream} spec": spec.spec_id for stream, spec in reader.specs.items()},

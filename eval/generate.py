@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from cache.clip import Record
 from cache.errors import CheckpointError
-from cache.labels import LabelSpace
+from cache.manifest import Header
 from cache.spec import STREAMS
 from cache.store import TokenStore
-from eval.parse import parse_reply
+from eval.parse import ParseHow, parse_labels, parse_reply
 from eval.predictions import Prediction
 from train.backbone import context_length
 from train.checkpoint import best_folder, load_trained
@@ -22,9 +22,11 @@ from train.loading import to_device
 from train.mixture import Ask
 from train.model import EmotionLlama, build
 from train.packing import Grouper
+from train.prompt import RENDERER_VERSION
 from train.reading import ViewReader
 from train.run import RunInfo, read_run
-from train.tasks import TASK_HIDES, check_task
+from train.tasks import SEVERAL_LABELS, TASK_TABLE, Task, check_task
+from train.wording import Wording
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class TrainedRun:
     info: RunInfo
     model: EmotionLlama
     tokenizer: Any
-
-    labels: LabelSpace
-    """What it names."""
+    header: Header
+    """Holds what it names: the label spaces of the run, and those that the run lacks of the manifest that it
+    is asked about."""
 
 
 def load_run(
@@ -45,7 +47,7 @@ def load_run(
     device: str = "cpu",
     overrides: Sequence[str] = (),
     weights: Literal["final", "best"] = "final",
-    labels: LabelSpace | None = None,
+    header: Header | None = None,
 ) -> TrainedRun:
     """Load the model of a run's last finished stage.
 
@@ -54,7 +56,8 @@ def load_run(
         device: Torch device.
         overrides: `key=value` settings that differ from the run's, for example `data.failed=drop`.
         weights: Those at the end of the stage, or those of its best validation.
-        labels: What to name, for a run that brings no labels: an imported checkpoint.
+        header: Of the manifest that the run will be asked about, for label spaces that the run does not
+            bring: of other corpora, or all of an imported checkpoint.
 
     Raises:
         SchemaError: An unknown setting.
@@ -66,8 +69,8 @@ def load_run(
         raise CheckpointError(
             f"{run}: no stage is finished yet. Continue it with the same `emocache train` command."
         )
-    space = info.label_space or labels
-    if space is None:
+    spaces = {**({} if header is None else header.label_spaces), **info.label_spaces}
+    if not spaces:
         raise CheckpointError(
             f"{run}: an imported checkpoint without labels of its own, and the manifest has none. Index "
             "with --labels, so that there is something to name."
@@ -81,7 +84,13 @@ def load_run(
         )
     model, tokenizer = build(preset)
     load_trained(model, folder)
-    return TrainedRun(preset, info, model.eval().to(device), tokenizer, space)
+    return TrainedRun(
+        preset,
+        info,
+        model.eval().to(device),
+        tokenizer,
+        Header(media_root=".", label_spaces=spaces),
+    )
 
 
 def generate(
@@ -101,7 +110,7 @@ def generate(
         trained: The model.
         store: Tokens of the specs that the run was trained on.
         records: Whom to ask about; none may be without tokens.
-        task: `emotion` or `think`.
+        task: One of `TASKS`.
         masked: Streams that the model does not get.
         max_new_tokens: Longest reply; the reference uses 200.
         batch_size: Records per batch.
@@ -111,12 +120,12 @@ def generate(
         One prediction per record, in order.
     """
     reader = ViewReader(store, trained.preset)
-    labels = trained.labels
-    renderer = Renderer(trained.preset, trained.tokenizer, labels)
+    renderer = Renderer(trained.preset, trained.tokenizer, trained.header)
+    wording, pool_id = renderer.wording, renderer.wording.pools.pool_id
     limit = context_length(trained.model.llm.get_base_model())
     grouper = Grouper(trained.preset, reader, renderer, limit)
     ask = Ask(check_task(task), 0)
-    hidden = tuple(s for s in STREAMS if s in masked or s in TASK_HIDES.get(ask.task, ()))
+    hidden = tuple(s for s in STREAMS if s in masked or s in TASK_TABLE[ask.task].hides)
     spec_ids = {str(stream): spec.spec_id for stream, spec in reader.specs.items()}
     device = next(trained.model.parameters()).device
     for start in range(0, len(records), batch_size):
@@ -135,17 +144,38 @@ def generate(
         )
         for record, ids in zip(pack, replies, strict=True):
             reply = str(trained.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-            parsed = parse_reply(reply, labels.labels, labels.aliases)
             yield Prediction(
                 uid=record.uid,
                 task=task,
                 masked=tuple(masked),
                 reply=reply,
-                label=parsed.label,
-                parse=parsed.how,
-                truth=record.label,
+                **_read(reply, record, ask.task, wording),
                 run=trained.info.run_id,
                 spec_ids=spec_ids,
+                pool_id=pool_id,
+                renderer_version=RENDERER_VERSION,
             )
         if on_batch is not None:
             on_batch(len(pack))
+
+
+def _read(reply: str, record: Record, task: Task, wording: Wording) -> dict[str, Any]:
+    """Return the fields of a prediction that hold what was named and what is true."""
+    field = TASK_TABLE[task].label
+    if field is None:  # a description is text and names nothing
+        how: ParseHow = "off_list" if reply else "empty"
+        return {"label": None, "parse": how, "truth": None}
+    truths = record.labels_of(field)
+    space = wording.space(record, field)
+    if field not in SEVERAL_LABELS:
+        one = parse_reply(reply, space.labels, space.aliases)
+        return {"label": one.label, "parse": one.how, "truth": next(iter(truths), None)}
+    found = parse_labels(reply, space.labels, space.aliases, is_open=space.open)
+    return {
+        "label": None,
+        "labels": found.labels,
+        "unread": found.unread,
+        "parse": found.how,
+        "truth": None,
+        "truths": truths,
+    }

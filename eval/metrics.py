@@ -1,4 +1,4 @@
-"""Scores of single-label tasks, as pure functions of truths and predicted labels.
+"""Scores of tasks that name labels, as pure functions of truths and predicted labels.
 
 All scores are fractions; only the report turns them into percent. A reply without a label is
 wrong: it lowers the recall of its true class and is never a prediction of some class, so it enters
@@ -9,7 +9,8 @@ the same thing); UAR is added because the literature on these corpora reports it
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from cache.errors import MissingDependencyError, PredictionError, near_miss
 from cache.schema import Model
@@ -53,6 +54,105 @@ class SingleLabelScores(Model):
     """One entry per label, in the order of `labels`."""
     confusion: list[list[int]]
     """Counts, (n_labels, n_labels + 1): rows truth, columns prediction; last column: no label."""
+
+
+class MultiLabelScores(Model):
+    """The scores of one set of replies to a task that asks for several labels."""
+
+    labels: tuple[str, ...]
+    """The label space, in its own order."""
+    accuracy: float
+    """Replies that name the true labels, all of them and nothing else."""
+    micro_f1: float
+    """F1 over all (clip, label) pairs together."""
+    macro_f1: float
+    """Mean of the per-label F1 over the labels that occur in the truth."""
+    weighted_f1: float
+    """Mean of the per-label F1, weighted by support."""
+    uar: float
+    """Unweighted mean of the recall of the labels that occur in the truth."""
+    n_offered: int
+    """Replies handed in."""
+    n_scored: int
+    """Replies whose clip has true labels; the others enter no score."""
+    n_off_list: int
+    """Scored replies with some text but no label."""
+    n_empty: int
+    """Scored replies without any text."""
+    n_partly: int
+    """Scored replies with labels and with words that are none."""
+    commonest: tuple[str, ...]
+    """The most frequent set of true labels, in the space's order; of equally frequent ones the first."""
+    commonest_share: float
+    """What always answering it would reach in `accuracy`."""
+    per_class: tuple[ClassScores, ...]
+    """One entry per label, in the order of `labels`."""
+
+
+def score_multi_label(
+    truths: Sequence[Sequence[str]],
+    predicted_labels: Sequence[Sequence[str]],
+    labels: Sequence[str],
+    parses: Sequence[ParseHow],
+    unread: Sequence[Sequence[str]],
+) -> MultiLabelScores:
+    """Score the replies to a task that asks for several labels.
+
+    Args:
+        truths: The true labels per clip; empty: unknown, the reply is counted but not scored.
+        predicted_labels: The parsed labels per clip.
+        labels: The label space in the order of the report.
+        parses: How each reply was parsed.
+        unread: The words of each reply that are no label; with any, its set is not right.
+
+    Raises:
+        PredictionError: Nothing to score, unequal lengths, or a label outside `labels`.
+    """
+    n = {len(truths), len(predicted_labels), len(parses), len(unread)}
+    if len(n) > 1:
+        raise PredictionError(
+            f"cannot score: lengths {sorted(n)} differ; pass one of each per clip."
+        )
+    _check_inside(labels, (("true", truths), ("predicted", predicted_labels)))
+    rows = [row for row, truth in enumerate(truths) if truth]
+    if not rows:
+        raise PredictionError(
+            f"cannot score: none of {len(truths)} replies has a true label; "
+            "at least one is needed. Check the task and the split."
+        )
+    try:
+        from sklearn.metrics import precision_recall_fscore_support
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Scoring needs scikit-learn: pip install 'emocache[eval]'"
+        ) from error
+    true = [[int(label in truths[row]) for label in labels] for row in rows]
+    predicted = [[int(label in predicted_labels[row]) for label in labels] for row in rows]
+
+    def scores(average: str | None) -> Any:
+        return precision_recall_fscore_support(true, predicted, average=average, zero_division=0)
+
+    precision, recall, f1, support = scores(None)
+    occur = [i for i, n_true in enumerate(support) if n_true]
+    sets = Counter(tuple(label for label in labels if label in truths[row]) for row in rows)
+    commonest, n_commonest = sets.most_common(1)[0]
+    right = [a == b and not unread[row] for a, b, row in zip(true, predicted, rows, strict=True)]
+    return MultiLabelScores(
+        labels=tuple(labels),
+        accuracy=sum(right) / len(rows),
+        micro_f1=float(scores("micro")[2]),
+        macro_f1=sum(float(f1[i]) for i in occur) / len(occur),
+        weighted_f1=float(scores("weighted")[2]),
+        uar=sum(float(recall[i]) for i in occur) / len(occur),
+        n_offered=len(truths),
+        n_scored=len(rows),
+        n_off_list=sum(parses[row] == "off_list" for row in rows),
+        n_empty=sum(parses[row] == "empty" for row in rows),
+        n_partly=sum(bool(predicted_labels[row]) and bool(unread[row]) for row in rows),
+        commonest=commonest,
+        commonest_share=n_commonest / len(rows),
+        per_class=_per_class(labels, precision, recall, f1, support),
+    )
 
 
 def score_single_label(
@@ -113,17 +213,24 @@ def score_single_label(
         n_scored=len(true),
         n_off_list=n_without - (n_empty or 0),
         n_empty=n_empty,
-        per_class=tuple(
-            ClassScores(
-                label=label,
-                precision=float(precision[i]),
-                recall=float(recall[i]),
-                f1=float(f1[i]),
-                support=int(support[i]),
-            )
-            for i, label in enumerate(labels)
-        ),
+        per_class=_per_class(labels, precision, recall, f1, support),
         confusion=confusion,
+    )
+
+
+def _per_class(
+    labels: Sequence[str], precision: Any, recall: Any, f1: Any, support: Any
+) -> tuple[ClassScores, ...]:
+    """Return what scikit-learn gives per class, (n_labels,) each."""
+    return tuple(
+        ClassScores(
+            label=label,
+            precision=float(precision[i]),
+            recall=float(recall[i]),
+            f1=float(f1[i]),
+            support=int(support[i]),
+        )
+        for i, label in enumerate(labels)
     )
 
 
@@ -145,17 +252,10 @@ def _check(
             f"cannot score: none of {len(truths)} replies has a true label; "
             "at least one is needed. Check the task and the split."
         )
-    double = [label for label, count in Counter(labels).items() if count > 1]
-    if double:
-        raise PredictionError(f"cannot score: label {double[0]!r} is listed twice; list it once.")
-    for kind, given in (("true", truths), ("predicted", predicted_labels)):
-        for position, label in enumerate(given):
-            if label is not None and label not in labels:
-                raise PredictionError(
-                    f"cannot score: {kind} label {label!r} (position {position}) is not in the "
-                    f"label space {', '.join(labels)}; add it or correct its spelling."
-                    f"{near_miss(label, labels)}"
-                )
+    given = (("true", truths), ("predicted", predicted_labels))
+    _check_inside(
+        labels, [(kind, [[] if x is None else [x] for x in found]) for kind, found in given]
+    )
     for position, how in enumerate(parses or ()):
         if (how in ("off_list", "empty")) != (predicted_labels[position] is None):
             raise PredictionError(
@@ -163,3 +263,21 @@ def _check(
                 f"{predicted_labels[position]!r} but was parsed as {how!r}; a label is None "
                 "exactly when the reply is off_list or empty."
             )
+
+
+def _check_inside(
+    labels: Sequence[str], given: Iterable[tuple[str, Sequence[Sequence[str]]]]
+) -> None:
+    """Refuse a label that is listed twice, and true or predicted ones that are not listed."""
+    double = [label for label, count in Counter(labels).items() if count > 1]
+    if double:
+        raise PredictionError(f"cannot score: label {double[0]!r} is listed twice; list it once.")
+    for kind, found in given:
+        for position, names in enumerate(found):
+            for label in names:
+                if label not in labels:
+                    raise PredictionError(
+                        f"cannot score: {kind} label {label!r} (position {position}) is not in the "
+                        f"label space {', '.join(labels)}; add it or correct its spelling."
+                        f"{near_miss(label, labels)}"
+                    )

@@ -1,4 +1,4 @@
-"""From the raw reply of a model to one label of a label space: explicit steps, no guessing.
+"""From the raw reply of a model to the labels of a label space: explicit steps, no guessing.
 
 The steps, in order:
 
@@ -9,6 +9,9 @@ The steps, in order:
 
 Whatever is left is off the list. That is a result to be counted, not an error, and never a reason
 to search the text for the nearest label: "not happy" contains "happy".
+
+Where several labels are asked for, what step 1 leaves is taken apart at commas, semicolons and line
+ends, and steps 2 and 3 are done to each piece.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ ParseHow = Literal["tag", "exact", "alias", "off_list", "empty"]
 NO_ALIASES: Final[Mapping[str, str]] = MappingProxyType({})
 
 _TAG: Final = re.compile(r"<(/?)answer>", re.IGNORECASE | re.ASCII)
+_SEPARATOR: Final = re.compile("[,;\n\uff0c\uff1b\u3001]")
 _QUOTES: Final = frozenset("\"'`´‘’‚“”„«»‹›「」『』")  # noqa: RUF001
 _END_PUNCTUATION: Final = frozenset(".,;:!?…。，、；：！？")  # noqa: RUF001
 
@@ -40,6 +44,19 @@ class ParsedReply(NamedTuple):
     `alias`: equal to an alias, with or without a tag; `off_list`: neither; `empty`: no text."""
     text: str
     """The text that was compared: after all three steps, so stripped and casefolded."""
+
+
+class ParsedLabels(NamedTuple):
+    """What `parse_labels` read in a reply."""
+
+    labels: tuple[str, ...]
+    """The labels as the label space spells them, each once, in its order; of an open space other
+    words behind them, casefolded, in the order of the reply. Empty exactly when `how` is off_list or
+    empty."""
+    how: ParseHow
+    """As of one label; `alias` if any piece is one, `off_list` if no piece is a label."""
+    unread: tuple[str, ...]
+    """Pieces that are no label, stripped and casefolded, each once."""
 
 
 def parse_reply(
@@ -68,6 +85,45 @@ def parse_reply(
     if text in targets:
         return ParsedReply(targets[text], "alias", text)
     return ParsedReply(None, "off_list", text)
+
+
+def parse_labels(
+    reply: str,
+    labels: Sequence[str],
+    aliases: Mapping[str, str] = NO_ALIASES,
+    *,
+    is_open: bool = False,
+) -> ParsedLabels:
+    """Read any number of labels from a reply.
+
+    Takes time linear in the length of the reply, whatever the reply contains.
+
+    Args:
+        reply: The text that the model wrote, as it stands.
+        labels: The label space, in its own spelling.
+        aliases: Other words for a label: alias to label. A label always wins over an alias.
+        is_open: Other words are labels too.
+
+    Raises:
+        SchemaError: The label space is ambiguous, or an alias leads to no label.
+    """
+    content, tagged = _answer(reply)
+    pieces = dict.fromkeys(
+        text for piece in _SEPARATOR.split(content) if (text := _normalize(piece))
+    )
+    if not pieces:
+        return ParsedLabels((), "empty", ())
+    by_text, targets = _index(labels), _alias_index(aliases, labels)
+    named = {by_text[piece] for piece in pieces if piece in by_text}
+    meant = {targets[piece] for piece in pieces if piece not in by_text and piece in targets}
+    others = tuple(piece for piece in pieces if piece not in by_text and piece not in targets)
+    found = tuple(label for label in labels if label in named | meant)
+    if is_open:
+        found, others = (*found, *others), ()
+    if not found:
+        return ParsedLabels((), "off_list", others)
+    how: ParseHow = "alias" if meant else "tag" if tagged else "exact"
+    return ParsedLabels(found, how, others)
 
 
 def _answer(reply: str) -> tuple[str, bool]:

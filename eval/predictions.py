@@ -23,8 +23,8 @@ Name = Annotated[str, Field(min_length=1)]
 class Prediction(Model):
     """One reply of one model for one clip, task and set of masked streams."""
 
-    schema_version: Literal[1] = 1
-    """Version of this schema; a reader refuses any other."""
+    schema_version: Literal[1, 2] = 2
+    """Version of this schema; version 1 knew one label per reply. A reader refuses any other."""
     uid: Name
     """The record, `<corpus>/<source id>`."""
     task: Name
@@ -34,15 +34,26 @@ class Prediction(Model):
     reply: str
     """The text that the model wrote, unchanged."""
     label: Name | None
-    """The label read from the reply, as the label space spells it; None: no label was read."""
+    """The label read from the reply, as the label space spells it; None: no label was read, or the
+    task asks for several."""
+    labels: tuple[Name, ...] = ()
+    """The labels read from the reply to a task that asks for several, in the label space's order."""
+    unread: tuple[Name, ...] = ()
+    """Pieces of such a reply that are no label: it is then not right as a whole."""
     parse: ParseHow
     """How the label was read, or why there is none; see `eval.parse.ParsedReply.how`."""
     truth: Name | None
-    """The true label; None: the corpus does not tell."""
+    """The true label; None: the corpus does not tell, or the task asks for several."""
+    truths: tuple[Name, ...] = ()
+    """The true labels of a task that asks for several; empty: the corpus does not tell."""
     run: Name
     """Id of the run that wrote the reply."""
     spec_ids: dict[Name, Name]
     """Stream to the spec_id of the tokens that the model read."""
+    pool_id: Name | None = None
+    """Which instruction templates were asked with, see docs/prompts.md; None: not known."""
+    renderer_version: int | None = None
+    """Which version of the prompt renderer asked; None: not known."""
 
     @field_validator("masked")
     @classmethod
@@ -55,10 +66,16 @@ class Prediction(Model):
     @model_validator(mode="after")
     def _check_label(self) -> Self:
         """Refuse a label without a way that it was read, and the other way round."""
-        if (self.label is None) != (self.parse in ("off_list", "empty")):
+        if self.label is not None and self.labels:
             raise ValueError(
-                f"label is {self.label!r} but parse is {self.parse!r}; label is null exactly when "
-                "parse is 'off_list' or 'empty'"
+                f"label is {self.label!r} and labels are {list(self.labels)}; a reply holds one label "
+                "or is to a task with several"
+            )
+        nothing = self.label is None and not self.labels
+        if nothing != (self.parse in ("off_list", "empty")):
+            raise ValueError(
+                f"label is {self.label!r} but parse is {self.parse!r}; label is null, and labels are "
+                "empty, exactly when parse is 'off_list' or 'empty'"
             )
         return self
 

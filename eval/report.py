@@ -20,7 +20,7 @@ from pydantic import Field, field_validator, model_validator
 from cache.errors import MissingDependencyError
 from cache.files import write_aside, write_text_aside
 from cache.schema import Model
-from eval.metrics import SingleLabelScores
+from eval.metrics import MultiLabelScores, SingleLabelScores
 from eval.parse import ParseHow
 from eval.plots import Curve, draw_confusion, draw_training
 
@@ -43,7 +43,7 @@ class ScoreRow(Model):
 
     name: str
     """The condition, for example `all streams` or `audio masked`."""
-    scores: SingleLabelScores
+    scores: SingleLabelScores | MultiLabelScores
 
 
 class HistoryRow(Model):
@@ -212,16 +212,14 @@ def write_report(data: ReportData, out_dir: Path) -> tuple[Path, Path]:
         md=lambda text: Markup(escape_markdown(str(text))),
     )
     curves = training_curves(data.history)
-    plots = {"confusion": draw_confusion(data.rows[0].scores)}
+    head = data.rows[0].scores
+    plots = {} if isinstance(head, MultiLabelScores) else {"confusion": draw_confusion(head)}
     if curves:
         plots["training"] = draw_training(curves)
-    head = data.rows[0].scores
-    largest = max(head.per_class, key=lambda entry: entry.support)
     context: dict[str, Any] = {
         "data": data,
         "head": head,
-        "majority": largest,
-        "majority_share": largest.support / head.n_scored,
+        **_majority(head),
         "meanings": _MEANINGS,
         "stages": summarize_stages(data.history, curves),
         "validated": any(curve.val_steps for curve in curves),
@@ -238,6 +236,16 @@ def write_report(data: ReportData, out_dir: Path) -> tuple[Path, Path]:
         text = environment.get_template(f"{path.name}.j2").render(context)
         write_text_aside(path, text)
     return paths
+
+
+def _majority(head: SingleLabelScores | MultiLabelScores) -> dict[str, Any]:
+    """Return what accuracy means, and what always giving the commonest answer would reach."""
+    if isinstance(head, MultiLabelScores):
+        commonest, share = ", ".join(head.commonest), head.commonest_share
+        return {"accuracy": "Exact sets", "majority": commonest, "majority_share": share}
+    largest = max(head.per_class, key=lambda entry: entry.support)
+    share = largest.support / head.n_scored
+    return {"accuracy": "Accuracy (WAR)", "majority": largest.label, "majority_share": share}
 
 
 def _words(curves: Sequence[Curve]) -> dict[str, str]:

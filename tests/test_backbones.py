@@ -202,7 +202,7 @@ def test_a_model_of_another_architecture_trains_end_to_end(
     trained = load_run(tmp_path / "run")
     found = list(generate(trained, store, manifest.records[:2], max_new_tokens=4))
     assert [p.uid for p in found] == [r.uid for r in manifest.records[:2]]
-    renderer = Renderer(preset, tokenizer, trained.labels)
+    renderer = Renderer(preset, tokenizer, trained.header)
     prompt = renderer.question(manifest.records[0], Ask("emotion", 0), with_answer=True).prompt
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert prompt.head_ids[0] == start

@@ -16,12 +16,12 @@ from transformers import LlamaConfig
 from cache.clip import Clip, Record
 from cache.commit import ClipTokens, Status
 from cache.errors import CacheMissError, ManifestError
-from cache.labels import LabelSpace
 from cache.manifest import Header, Manifest
 from cache.reader import TokenReader
 from cache.spec import TokenSpec
 from cache.store import TokenStore
 from tests.conftest import key_of, make_clip
+from tests.training import described, header_of
 from train import backbone, costs, estimate
 from train.backbone import empty_llm, llm_path
 from train.config import Preset, configure
@@ -52,13 +52,12 @@ def made_manifest() -> Manifest:
             media=f"{i}.mp4",
             clip=Clip(sha256=key_of(f"clip{i}"), n_bytes=1),
             split="train" if i < 5 else "val",
-            label=("happy", "sad")[i % 2],
-            description="The voice is low.",
+            emotion=("happy", "sad")[i % 2],
+            descriptions=described("The voice is low."),
         )
         for i in range(N_RECORDS)
     )
-    space = LabelSpace(name="emotion", labels=("happy", "sad"))
-    return Manifest(header=Header(media_root=".", label_space=space), records=records)
+    return Manifest(header=header_of(("happy", "sad")), records=records)
 
 
 def made_store(root: Path, specs: Sequence[TokenSpec]) -> TokenStore:
@@ -117,8 +116,7 @@ def group_of(n_prefix: int, *texts: tuple[int, int]) -> Group:
 def demo_batch(preset: Preset, store: TokenStore, llm_tokenizer: Any) -> tuple[Work, PrefixBatch]:
     """A pack of four clips, one of them with three questions."""
     manifest, reader = made_manifest(), ViewReader(store, preset)
-    assert manifest.header.label_space is not None
-    renderer = Renderer(preset, llm_tokenizer, manifest.header.label_space)
+    renderer = Renderer(preset, llm_tokenizer, manifest.header)
     grouper = Grouper(preset, reader, renderer, None)
     asks = [[Ask("emotion", 0)]] * 3 + [[Ask("think", 0), Ask("emotion", 1), Ask("think", 2)]]
     pack = tuple(
@@ -367,10 +365,9 @@ def test_steps_are_the_planners(store: TokenStore) -> None:
 
 
 def demo_grouper(preset: Preset, store: TokenStore) -> Grouper:
-    space = made_manifest().header.label_space
-    assert space is not None
+    header = made_manifest().header
     tokenizer = backbone.load_tokenizer(preset.model.llm)
-    return Grouper(preset, ViewReader(store, preset), Renderer(preset, tokenizer, space), None)
+    return Grouper(preset, ViewReader(store, preset), Renderer(preset, tokenizer, header), None)
 
 
 def test_fill_is_the_share_of_the_budget(store: TokenStore) -> None:

@@ -9,15 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.clip import Clip, Record
+from cache.clip import Clip, Description, Record
 from cache.errors import ManifestError, SchemaError
 from tests.conftest import key_of
+from tests.training import described
 from train.config import CorpusShare, OptimConfig, StageConfig
 from train.data import Group, Question
 from train.mixture import Ask, Mixture, Sample
 from train.packing import Pack, Planner, PlanState, best_filling
 from train.prompt import PromptTokens
 
+VOICE = (Description(kind="audio_tone", text="A low voice."),)
 OPTIM = OptimConfig(lr=1e-3, lr_min=0, warmup_steps=0, weight_decay=0, batch_size=3)
 
 
@@ -32,9 +34,8 @@ def records(n: int = 10, corpus: str = "made") -> tuple[Record, ...]:
             uid=f"{corpus}/{i}",
             media=f"{i}.mp4",
             clip=Clip(sha256=key_of(f"{corpus}{i}"), n_bytes=1),
-            label=("happy", "sad")[i % 2],
-            description="The voice is low." if i % 3 else None,
-            audio_description="A low voice." if i % 2 else None,
+            emotion=("happy", "sad")[i % 2],
+            descriptions=described("The voice is low.") * (i % 3 > 0) + VOICE * (i % 2),
         )
         for i in range(n)
     )
@@ -52,7 +53,7 @@ def test_a_mixture_is_a_pure_function_of_seed_and_place() -> None:
     assert [other[i] for i in range(400)] != forwards[:400]
     shares = Counter(s.asks[0].task for s in forwards)
     assert shares["think"] / 3000 == pytest.approx(0.5, abs=0.04)
-    assert all(s.record.description for s in forwards if s.asks[0].task == "think")
+    assert all(s.record.described("multimodal") for s in forwards if s.asks[0].task == "think")
     assert sum(bool(s.hidden) for s in forwards) / 3000 == pytest.approx(0.3, abs=0.04)
 
 
@@ -94,9 +95,10 @@ def test_pairs_of_a_clip_differ_and_follow_the_shares() -> None:
         sample = mixture[i]
         assert len(sample.asks) == 3
         assert len({a.epoch for a in sample.asks}) == 3, "another wording each"
-        if not sample.record.description:
+        explained = sample.record.described("multimodal")
+        if not explained:
             assert {a.task for a in sample.asks} == {"emotion"}
-        tasks.update(a.task for a in sample.asks[1:] if sample.record.description)
+        tasks.update(a.task for a in sample.asks[1:] if explained)
     assert tasks["think"] / tasks.total() == pytest.approx(0.5, abs=0.04)
 
 
@@ -107,12 +109,18 @@ def test_a_task_that_sees_one_stream_is_asked_about_clips_that_have_it() -> None
         seed=0,
         streams_of=lambda r: ("audio",) if r.uid in ("made/1", "made/2") else ("image",),
     )
-    assert {heard[i].record.uid for i in range(100)} == {"made/1"}  # /2 has no audio_description
+    assert {heard[i].record.uid for i in range(100)} == {
+        "made/1"
+    }  # /2 has no description of the voice
 
 
 def test_a_mixture_that_cannot_be_drawn_is_refused() -> None:
-    bare = [r.model_copy(update={"description": None}) for r in records()]
-    with pytest.raises(ManifestError, match=r"task 'think' needs records with a label and a desc"):
+    bare = [r.model_copy(update={"descriptions": ()}) for r in records()]
+    with pytest.raises(
+        ManifestError,
+        match=r"task 'think' needs records with a label in 'emotion' and a description of kind "
+        r"'multimodal' of 'emotion' or of no label, and none of the 10 has that",
+    ):
         Mixture(bare, stage(tasks={"emotion": 0.5, "think": 0.5}), seed=0)
     with pytest.raises(
         ManifestError, match=r"no training record is of corpus 'mad'\. Did you mean 'made'"

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.errors import SchemaError
-from eval.parse import ParsedReply, parse_reply
+from eval.parse import ParsedReply, parse_labels, parse_reply
 
 LABELS = ("Happy", "sad", "neutral", "doubt/confusion")
 ALIASES = {"joy": "Happy", "Joyful": "Happy", "sorrow": "sad", "sad": "neutral"}
@@ -121,3 +121,45 @@ def test_a_dangling_alias_is_refused_with_the_near_miss() -> None:
         parse_reply("x", LABELS, {"joy": "happy"})
     with pytest.raises(SchemaError, match="'joy' leads to 'Happy' and to 'sad'"):
         parse_reply("x", LABELS, {"joy": "Happy", "JOY": "sad"})
+
+
+@pytest.mark.parametrize(
+    ("reply", "labels", "how", "unread"),
+    [
+        ("happy, sad", ("happy", "sad"), "exact", ()),
+        ("Sad; HAPPY.", ("happy", "sad"), "exact", ()),
+        ("happy,happy , 'happy'", ("happy",), "exact", ()),
+        ("<think>sad</think><answer>angry,\nhappy</answer>", ("happy", "angry"), "tag", ()),
+        ("joyful, sad", ("happy", "sad"), "alias", ()),
+        ("happy, so glad", ("happy",), "exact", ("so glad",)),
+        ("not happy", (), "off_list", ("not happy",)),
+        ("happy and sad", (), "off_list", ("happy and sad",)),
+        ("happy\uff0csad\u3001angry", ("happy", "sad", "angry"), "exact", ()),
+        (" ,; ", (), "empty", ()),
+        ("", (), "empty", ()),
+    ],
+)
+def test_several_labels(
+    reply: str, labels: tuple[str, ...], how: str, unread: tuple[str, ...]
+) -> None:
+    found = parse_labels(reply, ("happy", "sad", "angry"), {"joyful": "happy"})
+    assert (found.labels, found.how, found.unread) == (labels, how, unread)
+
+
+def test_an_open_vocabulary_takes_any_word() -> None:
+    found = parse_labels("Torn, joyful, sad", ("happy", "sad"), {"joyful": "happy"}, is_open=True)
+    assert (found.labels, found.how, found.unread) == (("happy", "sad", "torn"), "alias", ())
+    assert parse_labels("Torn", ("sad",), is_open=True).labels == ("torn",)
+    assert parse_labels(" . ", ("sad",), is_open=True).how == "empty"
+
+
+@given(st.lists(st.sampled_from(["happy", "sad", "angry"]), min_size=1, unique=True))
+def test_what_an_answer_names_is_read_back(labels: list[str]) -> None:
+    space = ("angry", "happy", "sad")
+    found = parse_labels(", ".join(labels), space)
+    assert found.labels == tuple(label for label in space if label in labels)
+
+
+def test_a_long_list_takes_linear_time() -> None:
+    assert parse_labels("sad, " * 200_000, ("sad",)).labels == ("sad",)
+    assert len(parse_labels(",".join(map(str, range(100_000))), ("sad",)).unread) == 100_000

@@ -91,7 +91,12 @@ def test_the_order_of_masked_streams_has_no_meaning() -> None:
     [
         ({"uid": None}, r"'uid': .*got None"),
         ({"uid": ""}, r"'uid': .*got ''"),
-        ({"schema_version": 2}, r"'schema_version': Input should be 1 \(got 2\)"),
+        ({"schema_version": 3}, r"'schema_version': Input should be 1 or 2 \(got 3\)"),
+        ({"labels": ["joy"]}, r"label is 'joy' and labels are \['joy'\]"),
+        (
+            {"label": None, "labels": ["joy"], "parse": "empty"},
+            r"label is None but parse is 'empty'",
+        ),
         ({"parse": "fuzzy"}, r"'parse': .*'off_list'.*got 'fuzzy'"),
         ({"label": None}, r"label is None but parse is 'exact'"),
         ({"parse": "empty"}, r"label is 'joy' but parse is 'empty'"),
@@ -112,7 +117,7 @@ def test_a_bad_line_names_file_line_and_field(
 
 
 @pytest.mark.parametrize(
-    "field", [n for n in Prediction.model_fields if n not in ("schema_version", "masked")]
+    "field", [name for name, field in Prediction.model_fields.items() if field.is_required()]
 )
 def test_a_missing_field_is_named(tmp_path: Path, field: str) -> None:
     path = tmp_path / "predictions.jsonl"

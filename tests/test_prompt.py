@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from cache.clip import Record
 from cache.errors import SchemaError
 from train.instructions import (
     InstructionPools,
@@ -29,7 +28,7 @@ from train.prompt import (
     subtitle_clause,
     tokenize,
 )
-from train.tasks import TASK_HIDES, TASK_NEEDS, TASKS
+from train.tasks import TASK_TABLE, TASKS
 from train.turns import turns_of
 
 LABELS = ("Happy", "Sad", "Angry")
@@ -86,20 +85,25 @@ def test_layout_refuses_bad_blocks_and_names() -> None:
 
 def test_shipped_pools_are_ten_and_five_distinct_templates() -> None:
     pools = load_instructions()
-    assert len(set(pools.emotion)) == len(pools.emotion) == 10
-    assert len(set(pools.think)) == len(pools.think) == 5
-    for task in ("reason", "audio", "image"):
-        assert len(set(pools.of(task))) == len(pools.of(task)) == 5
-        assert not any("{" in template or "<" in template for template in pools.of(task))
-    assert len({template for task in TASKS for template in pools.of(task)}) == 30
-    for template in (*pools.emotion, *pools.think):
-        assert template.count("{labels}") == 1
-    for template in pools.think:
-        assert "inside <think></think>" in template.lower()
-        assert "inside <answer></answer>" in template
-        assert template.index("<think>") < template.index("<answer>")
-    for template in pools.emotion:
-        assert "<" not in template
+    everything = [template for task in TASKS for template in pools.of(task)]
+    assert len(set(everything)) == len(everything) == 5 * 10 + 7 * 5
+    for task, row in TASK_TABLE.items():
+        pool = pools.of(task)
+        assert len(pool) == (10 if row.family == "recognition" else 5)
+        slots = [template.count("{labels}") for template in pool]
+        if task == "open-vocabulary":
+            assert slots == [0] * 5 + [1] * 5
+        else:
+            assert set(slots) == {int(row.label is not None)}
+        for template in pool:
+            if row.family == "joint":
+                assert "inside <think></think>" in template.lower()
+                assert "inside <answer></answer>" in template
+                assert template.index("<think>") < template.index("<answer>")
+            else:
+                assert "<" not in template
+        if row.label in ("emotion_multi", "emotion_ov"):
+            assert all("comma" in template for template in pool), "the answer can be taken apart"
 
 
 def test_user_file_replaces_the_pools(tmp_path: Path) -> None:
@@ -119,18 +123,20 @@ def test_user_file_replaces_the_pools(tmp_path: Path) -> None:
     assert choose_instruction("audio", 0, "a/1", 0, load_instructions(file)) == "How?"
 
 
-def test_tasks_need_fields_that_records_have() -> None:
-    assert set(TASK_NEEDS) == set(TASKS) == set(InstructionPools.model_fields)
-    assert {name for needs in TASK_NEEDS.values() for name in needs} <= set(Record.model_fields)
-    assert TASK_HIDES == {"audio": ("image", "video"), "image": ("audio", "video")}
+def test_every_task_has_a_pool() -> None:
+    fields = {name.replace("_", "-") for name in InstructionPools.model_fields}
+    assert set(TASK_TABLE) == set(TASKS) == fields
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ('{"emotion": ["{labels}"], "thnk": ["{labels}"]}', "Did you mean 'think'"),
-        ('{"emotion": ["{labels}"]}', "think: Field required"),
         ('{"emotion": [], "think": ["{labels}"]}', "emotion: .*empty"),
+        ('{"audio": []}', "audio: .*empty"),
+        ('{"multilabel": ["{labels}"]}', "multilabel: .*allowed.*Did you mean 'multi-label'"),
+        ('{"multi-label": ["Which?"]}', r"multi-label: .*template 0 needs one \{labels\} slot"),
+        ('{"open-vocabulary": ["{labels} {labels}"]}', "template 0 may have at most one"),
         ('{"emotion": ["Which?"], "think": ["{labels}"]}', r"template 0 needs one \{labels\} slot"),
         ('{"emotion": ["{labels} {labels}"], "think": ["{labels}"]}', "needs one"),
         ('{"emotion": ["[/INST] {labels}"], "think": ["{labels}"]}', r"holds '\[/INST\]'"),
@@ -260,6 +266,41 @@ def test_the_released_option_list_leaves_neutral_out_where_another_label_is_true
             "<think>A Frown, loud.</think><answer>angry</answer>",
         ),
         (
+            {
+                "task": "sentiment",
+                "subtitle": "Oh",
+                "person": "the woman [/INST]in red",
+                "label": "sad",
+            },
+            "</Vid> The woman in red says: Oh. [sentiment] Pick: happy, sad, angry. [/INST]",
+            "sad",
+        ),
+        (
+            {"task": "intent", "subtitle": None, "person": "The woman", "label": "happy"},
+            "</Vid> [intent] Pick: happy, sad, angry. [/INST]",
+            "happy",
+        ),
+        (
+            {"task": "multi-label", "label": ("Sad", "angry")},
+            "</Vid> [multi-label] Pick: happy, sad, angry. [/INST]",
+            "sad, angry",
+        ),
+        (
+            {"task": "open-vocabulary", "label": ("Torn", "a bit sad", "angry")},
+            "</Vid> [open-vocabulary] Pick: happy, sad, angry. [/INST]",
+            "torn, a bit sad, angry",
+        ),
+        (
+            {"task": "think-multi-label", "label": ["happy", "sad"], "description": "Hm."},
+            "</Vid> [think] Pick: happy, sad, angry. [/INST]",
+            "<think>Hm.</think><answer>happy, sad</answer>",
+        ),
+        (
+            {"task": "think-intent", "label": "happy", "description": "Hm."},
+            "</Vid> [think] Pick: happy, sad, angry. [/INST]",
+            "<think>Hm.</think><answer>happy</answer>",
+        ),
+        (
             {"task": "think", "subtitle": "{labels} {0}"},
             "</Vid> The person in video says: {labels} {0}. "
             "[think] Pick: happy, sad, angry. [/INST]",
@@ -272,30 +313,40 @@ def test_rendering(arguments: dict[str, Any], tail: str, answer: str | None) -> 
     assert prompt == RenderedPrompt("[INST] <Vid>", tail, answer)
 
 
-@pytest.mark.parametrize(
-    ("task", "field"),
-    [("reason", "description"), ("audio", "audio_description"), ("image", "image_description")],
-)
-def test_description_tasks_answer_with_the_text_of_their_own(task: str, field: str) -> None:
-    fields: dict[str, Any] = {
-        name: f"The {name}." for name in ("description", "audio_description", "image_description")
+def test_open_vocabulary_is_asked_with_and_without_examples() -> None:
+    bare = render("open-vocabulary", "Say it.", (), label=("torn",))
+    assert bare == RenderedPrompt(HEAD, "</Vid> [open-vocabulary] Say it. [/INST]", "torn")
+    pools = load_instructions()
+    places = range(200)
+    some = {choose_instruction("open-vocabulary", 0, f"c/{i}", 0, pools) for i in places}
+    none = {
+        choose_instruction("open-vocabulary", 0, f"c/{i}", 0, pools, examples=False) for i in places
     }
-    prompt = render(task, "Tell.", (), subtitle="Oh", label="sad", **fields)
+    assert some == set(pools.of("open-vocabulary"))
+    assert none == {template for template in some if "{labels}" not in template}
+    only = InstructionPools.model_validate({"open-vocabulary": ("Like {labels}?",)})
+    with pytest.raises(SchemaError, match="every template of 'open-vocabulary' lists example"):
+        choose_instruction("open-vocabulary", 0, "c/1", 0, only, examples=False)
+
+
+@pytest.mark.parametrize("task", ["reason", "audio", "image"])
+def test_description_tasks_answer_with_the_text(task: str) -> None:
+    prompt = render(task, "Tell.", (), subtitle="Oh", label="sad", description="The text.")
     assert prompt == RenderedPrompt(
         "[INST] <Vid>",
         f"</Vid> The person in video says: Oh. [{task}] Tell. [/INST]",
-        f"The {field}.",
+        "The text.",
         free_text=True,
     )
-    asked = render(task, "Tell.", LABELS, subtitle="Oh", with_answer=False, **fields)
+    asked = render(task, "Tell.", LABELS, subtitle="Oh", with_answer=False, description="x")
     assert asked == RenderedPrompt(prompt.head, prompt.tail, None, free_text=True)
-    assert render(task, "Tell.", LABELS, subtitle="Oh", **fields | {field: None}) == asked
-    with pytest.raises(SchemaError, match=rf"'{task}' needs an? {field}, got None"):
-        render(task, "Tell.", LABELS, with_answer=True, **fields | {field: None})
-    with pytest.raises(SchemaError, match=rf"'{task}' needs an? {field}, got ' <s>'"):
-        render(task, "Tell.", LABELS, **fields | {field: " <s>"})
+    assert render(task, "Tell.", LABELS, subtitle="Oh", label="sad") == asked
+    with pytest.raises(SchemaError, match=rf"'{task}' needs a description of kind .*, got None"):
+        render(task, "Tell.", LABELS, with_answer=True)
+    with pytest.raises(SchemaError, match=rf"'{task}' needs a description of kind .*got ' <s>'"):
+        render(task, "Tell.", LABELS, description=" <s>")
     with pytest.raises(SchemaError, match=rf"'{task}' lists no options.*Take the slot out"):
-        render(task, "Tell: {labels}", LABELS, **fields)
+        render(task, "Tell: {labels}", LABELS, description="x")
 
 
 @pytest.mark.parametrize(
@@ -324,7 +375,9 @@ def test_the_released_answer_norm(task: str, description: str | None, answer: st
 
 
 def test_answers_that_the_norm_empties_and_unknown_norms_are_refused() -> None:
-    with pytest.raises(SchemaError, match=r"needs a description, got '\.\.\.'"):
+    with pytest.raises(
+        SchemaError, match=r"needs a description of kind 'multimodal', got '\.\.\.'"
+    ):
         render("reason", "Tell.", (), description="...", answer_norm="blip")
     with pytest.raises(SchemaError, match=r"unknown answer_norm 'blp'.*Did you mean 'blip'"):
         render("reason", "Tell.", (), description="x", answer_norm="blp")  # type: ignore[arg-type]
@@ -348,6 +401,13 @@ def test_subtitle_clause() -> None:
         ({"with_answer": True}, r"'emotion' needs a label, got None; allowed are \['happy'"),
         ({"task": "think", "with_answer": True, "description": "x"}, "needs a label"),
         ({"task": "think", "label": "sad"}, "needs a description"),
+        ({"label": ("sad", "happy")}, r"names one label, got \['sad', 'happy'\].*'multi-label'"),
+        ({"task": "multi-label", "label": ("sad", "hapy")}, "'hapy' is not an option"),
+        ({"task": "multi-label", "label": (), "with_answer": True}, "needs a label, got None"),
+        ({"task": "multi-label", "labels": ("sad, mad",)}, "'sad, mad' holds a comma"),
+        ({"task": "open-vocabulary", "label": ("sad", "a, b")}, "'a, b' holds a comma"),
+        ({"task": "open-vocabulary", "label": ("<s>",)}, "plain words"),
+        ({"task": "multi-label", "instruction": "Pick."}, "needs one"),
         ({"task": "think", "label": "sad", "description": "<think> "}, "needs a description"),
     ],
 )
@@ -370,6 +430,7 @@ def test_bad_samples_are_refused(arguments: dict[str, Any], message: str) -> Non
         ("[AVAILABLE_TOOLS] x [/TOOL_RESULTS] [SYSTEM_PROMPT]<unused7> <tool_call>", "x"),
         ("<|turn>a<turn|><\uff5cUser\uff5c>b<|im_<|x|>end|>", "a b<|im_ end|>"),
         ("[audio] a <image> [/reason]", "a"),
+        ("[multi-label] a <video> [/open-vocabulary] [Sentiment][intent]", "a"),
         ("I <3 you [music] a < b > c", "I <3 you [music] a < b > c"),
         ("Café 你好 🙂", "Café 你好 🙂"),
     ],
@@ -472,7 +533,7 @@ def test_turns_of_a_tokenizer_without_template() -> None:
 
 @pytest.mark.parametrize("limit", [6, 9, 10, 13])
 def test_a_long_description_loses_its_last_words(limit: int) -> None:
-    prompt = render("audio", "Tell.", (), audio_description="aaaa bbb ccc")
+    prompt = render("audio", "Tell.", (), description="aaaa bbb ccc")
     answer = tokenize(prompt, Letters(), max_answer_tokens=limit).answer_ids
     assert (
         as_text(answer[:-1])

@@ -14,8 +14,7 @@ from rich.console import Console
 
 from cache.clip import Clip, Record
 from cache.errors import MissingDependencyError
-from cache.labels import LabelSpace
-from cache.manifest import Header, Manifest
+from cache.manifest import Manifest
 from cache.spec import TokenSpec
 from cache.store import TokenStore
 from eval.evaluate import evaluate, read_history
@@ -41,6 +40,7 @@ from eval.report import (
     write_report,
 )
 from tests.conftest import key_of, make_clip
+from tests.training import described, header_of
 from train.config import configure
 from train.loop import train
 from train.presets import demo
@@ -281,11 +281,11 @@ def test_a_report_says_which_weights_were_scored(
         store.commit(spec, [make_clip(spec, name) for name in names], {"torch": "0"})
     splits = ("train", "train", "val", "test")
     manifest = Manifest(
-        header=Header(media_root=".", label_space=LabelSpace(name="e", labels=("happy", "sad"))),
+        header=header_of(("happy", "sad")),
         records=tuple(
             Record(
                 uid=f"made/{name}", media=name, clip=Clip(sha256=key_of(name), n_bytes=1),
-                split=split, label=label, description="Low.",
+                split=split, emotion=label, descriptions=described("Low."),
             )
             for name, split, label in zip(names, splits, ("happy", "sad") * 2, strict=True)
         ),

@@ -28,13 +28,12 @@ from cache.errors import (
     SchemaError,
     SpecMismatchError,
 )
-from cache.labels import LabelSpace
-from cache.manifest import Header, Manifest, write_manifest
+from cache.manifest import Manifest, write_manifest
 from cache.spec import TokenSpec
 from cache.store import TokenStore
 from eval.generate import load_run
 from tests.conftest import key_of, make_clip
-from tests.training import numbers_of
+from tests.training import described, header_of, numbers_of, said
 from train.backbone import llm_path
 from train.checkpoint import load_trained
 from train.config import Preset, configure
@@ -65,9 +64,9 @@ def records() -> tuple[Record, ...]:
             media=f"{i}.mp4",
             clip=Clip(sha256=key_of(f"clip{i}"), n_bytes=1),
             split="train" if i < 8 else "test",
-            subtitle="It is raining." if i % 2 else None,
-            label=("happy", "sad")[i % 2],
-            description="The voice is low." if i % 3 else None,
+            subtitles=said("It is raining.") if i % 2 else (),
+            emotion=("happy", "sad")[i % 2],
+            descriptions=described("The voice is low.") if i % 3 else (),
         )
         for i in range(N_RECORDS)
     )
@@ -88,9 +87,7 @@ def corpus(
             clips.append(made if absent else make_clip(spec, f"clip{i}", n_audio=9 + 40 * i))
         store.commit(spec, clips, {"torch": "0"})
     manifest = Manifest(
-        header=Header(
-            media_root=".", label_space=LabelSpace(name="emotion", labels=("happy", "sad"))
-        ),
+        header=header_of(("happy", "sad")),
         records=records(),
     )
     path = root / "m.parquet"
@@ -107,9 +104,9 @@ def short(*more: str) -> Preset:
 
 def grouper_of(preset: Preset, store: TokenStore, limit: int | None = None) -> Grouper:
     tokenizer = AutoTokenizer.from_pretrained(llm_path(preset.model.llm))
-    space = LabelSpace(name="emotion", labels=("happy", "sad"))
+    header = header_of(("happy", "sad"))
     reader = ViewReader(store, preset)
-    return Grouper(preset, reader, Renderer(preset, tokenizer, space), limit)
+    return Grouper(preset, reader, Renderer(preset, tokenizer, header), limit)
 
 
 def test_answers_are_supervised_token_by_token(corpus: tuple[Manifest, Path, TokenStore]) -> None:
@@ -243,8 +240,8 @@ def test_a_store_of_another_spec_is_refused_field_by_field(
 def test_v2_follows_the_papers_recipe() -> None:
     stages = v2().stages
     assert [s.n_steps for s in stages] == [50_000, 50_000]  # 100,000 in all, section 5.1
-    assert stages[0].tasks == {"emotion": 1.0}  # labels only, section 4.5
-    assert set(stages[1].tasks) == {"emotion", "think"}
+    assert stages[0].tasks == {"recognition": 1.0}  # labels only, section 4.5
+    assert set(stages[1].tasks) == {"recognition", "joint"}
     for stage in stages:
         optim = stage.optim
         assert (optim.lr, optim.weight_decay, optim.warmup_steps) == (1e-4, 0.05, 1000)
@@ -420,10 +417,12 @@ def test_a_run_on_other_records_is_refused(
     uninterrupted: Path, corpus: tuple[Manifest, Path, TokenStore]
 ) -> None:
     manifest, path, store = corpus
-    first = manifest.records[0].model_copy(update={"label": "sad"})
+    first = manifest.records[0].model_copy(update={"emotion": "sad"})
     other = manifest.model_copy(update={"records": (first, *manifest.records[1:])})
-    with pytest.raises(CheckpointError, match=r"was trained on other records"):
-        train(short(), other, path, store, uninterrupted)
+    more = manifest.model_copy(update={"header": header_of(("happy", "sad", "angry"))})
+    for changed in (other, more):
+        with pytest.raises(CheckpointError, match=r"was trained on other records"):
+            train(short(), changed, path, store, uninterrupted)
 
 
 def test_missing_keys_are_named(uninterrupted: Path, tmp_path: Path) -> None:
@@ -579,7 +578,7 @@ def test_a_sequence_longer_than_the_context_is_refused_before_training(
     corpus: tuple[Manifest, Path, TokenStore], tmp_path: Path
 ) -> None:
     manifest, path, store = corpus
-    long = manifest.records[4].model_copy(update={"subtitle": "word " * 2500})
+    long = manifest.records[4].model_copy(update={"subtitles": said("word " * 2500)})
     records = (*manifest.records[:4], long, *manifest.records[5:])
     with pytest.raises(
         SchemaError, match=r"made/4: a sequence of \d+ positions .* context of 2048"
@@ -619,7 +618,9 @@ def test_questions_that_see_other_streams_get_a_prefix_of_their_own(
     corpus: tuple[Manifest, Path, TokenStore],
 ) -> None:
     manifest, _, store = corpus
-    record = manifest.records[1].model_copy(update={"audio_description": "A low voice."})
+    record = manifest.records[1].model_copy(
+        update={"descriptions": described("The voice is low.", audio="A low voice.")}
+    )
     asks = (Ask("emotion", 0), Ask("audio", 1), Ask("emotion", 2))
     groups = grouper_of(demo(), store).groups(Sample(0, record, asks))
     assert [(g.hidden, [q.task for q in g.questions]) for g in groups] == [
@@ -750,8 +751,8 @@ def test_v2_released_changes_what_the_released_code_does_otherwise() -> None:
         "iemocap": 120, "sims-v2": 60, "mosei": 240, "mosi": 45, "meld": 150,
     }  # fmt: skip
     assert second.corpora["mc-eiu"].weight == 150
-    assert set(first.corpora["meld"].tasks or ()) == {"emotion", "audio", "image"}
-    assert set(second.corpora["meld"].tasks or ()) == {"emotion", "reason", "think"}
+    assert set(first.corpora["meld"].tasks or ()) == {"emotion", "sentiment", "audio", "image"}
+    assert set(second.corpora["caer"].tasks or ()) == {"emotion", "reason", "think"}
     assert released.prompt.option_list == "label_conditional"
     assert released.prompt.answer_norm == "blip"
     assert not released.data.mask_missing

@@ -131,7 +131,7 @@ def test_goals_of_results(load: dict[str, ModuleType]) -> None:
 def test_made_up_records_have_what_the_tasks_need(load: dict[str, ModuleType]) -> None:
     records = load["train_setup"].made_up_records(20)
     assert len({record.clip.sha256 for record in records}) == 20
-    counts = [len(str(record.description).split()) for record in records]
+    counts = [len(record.described("multimodal")[0].split()) for record in records]
     assert min(counts) >= 40
     assert max(counts) <= 150
-    assert {record.label for record in records} == set(load["train_setup"].LABELS)
+    assert {record.emotion for record in records} == set(load["train_setup"].LABELS)

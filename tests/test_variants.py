@@ -24,10 +24,10 @@ from benchmarks.variants import (
     variants,
 )
 from cache.clip import Clip, Record
-from cache.labels import LabelSpace
-from cache.manifest import Header, Manifest
+from cache.manifest import Manifest
 from extract.corpora.demo import EMOTIONS, describe, plan_demo
 from tests.conftest import key_of
+from tests.training import described, header_of
 from train.config import FusionKind
 from train.presets import preset
 
@@ -36,17 +36,15 @@ CURRICULUM = "curriculum: perception, then cognition"
 
 def corpus(n_clips: int = 72) -> Manifest:
     return Manifest(
-        header=Header(
-            media_root=".", label_space=LabelSpace(name="emotion", labels=tuple(EMOTIONS))
-        ),
+        header=header_of(tuple(EMOTIONS)),
         records=tuple(
             Record(
                 uid=f"demo/{row.index}",
                 media=row.file,
                 clip=Clip(sha256=key_of(row.file), n_bytes=1),
                 split=row.split,
-                label=row.label,
-                description=describe(row.label),
+                emotion=row.label,
+                descriptions=described(describe(row.label)),
             )
             for row in plan_demo(n_clips, seed=0)
         ),
@@ -144,12 +142,13 @@ def test_a_harder_corpus_is_small_balanced_and_wrong_in_training_alone() -> None
     truth = {r.uid: r for r in full.records}
     assert found.select("test") == full.select("test")
     trained = found.select("train")
-    assert Counter(truth[r.uid].label for r in trained) == dict.fromkeys(EMOTIONS, 5)
-    wrong = [r for r in trained if r.label != truth[r.uid].label]
-    assert Counter(truth[r.uid].label for r in wrong) == dict.fromkeys(EMOTIONS, 2)
-    assert all(r.label and r.description == describe(r.label) for r in trained)
+    assert Counter(truth[r.uid].emotion for r in trained) == dict.fromkeys(EMOTIONS, 5)
+    wrong = [r for r in trained if r.emotion != truth[r.uid].emotion]
+    assert Counter(truth[r.uid].emotion for r in wrong) == dict.fromkeys(EMOTIONS, 2)
+    assert all(r.emotion and r.described("multimodal") == (describe(r.emotion),) for r in trained)
     backwards = full.model_copy(update={"records": full.records[::-1]})
-    assert set(harder(backwards, 30, 0.4).records) == set(found.records)
+    again = {r.uid: r for r in harder(backwards, 30, 0.4).records}
+    assert again == {r.uid: r for r in found.records}
     assert harder(full, n_train=999, wrong=0).records == full.records
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import emocache
-from cache.clip import Clip, Record
+from cache.clip import Clip, Description, Record, Subtitle
 from cache.commit import ClipTokens, Status
 from cache.labels import LabelSpace
 from cache.manifest import Header, Manifest, write_manifest
@@ -51,6 +51,23 @@ PRELOADED = [
 ]
 
 
+def said(text: str, language: str | None = None) -> tuple[Subtitle, ...]:
+    """Return the subtitles of a record that has one."""
+    return (Subtitle(text=text, language=language),)
+
+
+def described(text: str, audio: str | None = None) -> tuple[Description, ...]:
+    """Return the descriptions of a record: a multimodal one, and perhaps one of the voice."""
+    found = (Description(kind="multimodal", text=text),)
+    return found if audio is None else (*found, Description(kind="audio_tone", text=audio))
+
+
+def header_of(labels: Sequence[str]) -> Header:
+    """Return the header of a manifest whose records all have emotions of one space."""
+    space = LabelSpace(name="emotion", labels=tuple(labels))
+    return Header(media_root=".", label_spaces={"emotion": space})
+
+
 def make_corpus(root: Path, specs: Mapping[str, TokenSpec]) -> tuple[Path, Path]:
     """Write a store and a manifest of made-up clips; return the manifest's file and the store."""
     store = TokenStore.open_or_create(root / "store")
@@ -67,14 +84,13 @@ def make_corpus(root: Path, specs: Mapping[str, TokenSpec]) -> tuple[Path, Path]
             media=f"{i}.mp4",
             clip=Clip(sha256=key_of(f"clip{i}"), n_bytes=1),
             split="train" if i < FIRST_VAL else "val",
-            subtitle="It is raining." if i % 2 else None,
-            label=("happy", "sad")[i % 2],
-            description="The voice is low." if i % 3 else None,
+            subtitles=said("It is raining.") if i % 2 else (),
+            emotion=("happy", "sad")[i % 2],
+            descriptions=described("The voice is low.") if i % 3 else (),
         )
         for i in range(N_RECORDS)
     )
-    space = LabelSpace(name="emotion", labels=("happy", "sad"))
-    manifest = Manifest(header=Header(media_root=".", label_space=space), records=records)
+    manifest = Manifest(header=header_of(("happy", "sad")), records=records)
     write_manifest(root / "m.parquet", manifest)
     return root / "m.parquet", root / "store"
 

@@ -9,15 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
-from cache.errors import SchemaError, near_miss
-from cache.schema import Model, decode
+from cache.overrides import configured
+from cache.schema import Model
 from cache.spec import Stream, TokenSpec
 from cache.views import AudioView, ImageView, VideoView
 from train.prompt import PrefixLayout, PromptStyle
-from train.tasks import Task
+from train.tasks import Asked, Task, tasks_of
 
 
 class Tokens(Model):
@@ -149,8 +148,8 @@ class CorpusShare(Model):
 
     weight: float = Field(ge=0)
     """Relative to the other corpora of the stage."""
-    tasks: dict[Task, float] | None = None
-    """Task -> share within this corpus; None takes the stage's."""
+    tasks: dict[Asked, float] | None = None
+    """Task or family -> share within this corpus; None takes the stage's."""
 
     @model_validator(mode="after")
     def _some_task(self) -> CorpusShare:
@@ -164,8 +163,9 @@ class StageConfig(Model):
 
     name: str = Field(pattern=r"^[a-z0-9_-]+$")
     """Folder of the stage in the run."""
-    tasks: dict[Task, float]
-    """Task -> share of the samples."""
+    tasks: dict[Asked, float]
+    """Task -> share of the samples. `recognition` and `joint` stand for whichever label tasks, and
+    whichever think tasks, a record can answer."""
     corpora: dict[str, CorpusShare] = Field(default_factory=dict)
     """Corpus (the first part of a uid) -> its share; empty draws every record equally often."""
     pairs_per_clip: int = Field(default=1, gt=0)
@@ -185,6 +185,19 @@ class StageConfig(Model):
             if not 0 <= share < 1:
                 raise ValueError(f"modality_dropout.{stream} must be in [0, 1), got {share}")
         return self
+
+
+def stage_tasks(stage: StageConfig, corpus: str | None = None) -> dict[Asked, float]:
+    """Return the tasks and families that have a share, of a corpus or of the stage in general."""
+    own = stage.corpora[corpus].tasks if corpus in stage.corpora else None
+    return {asked: share for asked, share in (own or stage.tasks).items() if share > 0}
+
+
+def tasks_asked(stage: StageConfig) -> tuple[Task, ...]:
+    """Return every task that a stage may ask, of any corpus, each once."""
+    drawn: list[str | None] = [name for name, c in stage.corpora.items() if c.weight > 0]
+    names = [asked for corpus in drawn or [None] for asked in stage_tasks(stage, corpus)]
+    return tuple(dict.fromkeys(task for asked in names for task in tasks_of(asked)))
 
 
 def _check_shares(shares: Mapping[Any, float], what: str) -> None:
@@ -207,6 +220,8 @@ class PromptConfig(Model):
     max_answer_tokens: int = Field(default=1024, gt=1)
     """Longer reasoning is cut; the label stays."""
     use_subtitle: bool = True
+    subtitle_language: str | None = None
+    """`en`, `zh`, ...: subtitles in this language alone; None takes each record's first."""
     option_list: Literal["full", "label_conditional"] = "full"
     """`label_conditional`, as the released code: lists without neutral, but only where the true label
     is another one. It tells the model something about the answer."""
@@ -333,74 +348,11 @@ def configure(
     Raises:
         SchemaError: An unknown path, a value that does not fit, or an unreadable file.
     """
-    data = preset.model_dump(mode="json")
-    if with_file is not None:
-        _merge(data, _read_yaml(with_file), str(with_file))
-    for item in overrides:
-        path, equals, text = item.partition("=")
-        if not equals or not path:
-            raise SchemaError(
-                f"override {item!r} is not key=value. Example: stages.0.optim.lr=1e-5; "
-                f"`emocache show {preset.name}` lists the keys."
-            )
-        _assign(data, path, _parse(text, item))
-    return decode(Preset, data, f"preset '{preset.name}'")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SchemaError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SchemaError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
-    if not isinstance(found, dict):
-        raise SchemaError(f"{path}: holds no mapping of settings")
-    return found
-
-
-def _parse(text: str, item: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise SchemaError(f"override {item!r}: the value is not YAML; quote it") from None
-
-
-def _merge(data: dict[str, Any], new: Mapping[str, Any], where: str) -> None:
-    for key, value in new.items():
-        if key not in data:
-            raise SchemaError(f"{where}: unknown key '{key}'.{near_miss(key, data)}")
-        if isinstance(value, dict) and isinstance(data[key], dict):
-            _merge(data[key], value, f"{where}, {key}")
-        else:
-            data[key] = value
-
-
-def _assign(data: Any, path: str, value: Any) -> None:
-    """Set a dotted path in nested dictionaries and lists."""
-    parts = path.split(".")
-    node = data
-    for depth, part in enumerate(parts):
-        where = ".".join(parts[:depth]) or "the configuration"
-        last = depth == len(parts) - 1
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                raise SchemaError(
-                    f"unknown key '{path}': {where} is a list of {len(node)}; use 0 to {len(node) - 1}"
-                )
-            key: Any = int(part)
-        elif isinstance(node, dict):
-            # A mapping of the user's own keys (tasks of a stage) may grow; fields may not.
-            grows = parts[depth - 1 : depth] in (["tasks"], ["modality_dropout"], ["corpora"])
-            if part not in node and not (grows and last):
-                raise SchemaError(
-                    f"unknown key '{path}': {where} has no '{part}'.{near_miss(part, node)} "
-                    f"Allowed: {', '.join(node)}"
-                )
-            key = part
-        else:
-            raise SchemaError(f"unknown key '{path}': {where} is a single value ({node!r})")
-        if last:
-            node[key] = value
-        else:
-            node = node[key]
+    return configured(
+        preset,
+        overrides,
+        with_file,
+        name=preset.name,
+        example="stages.0.optim.lr=1e-5",
+        growing=("tasks", "modality_dropout", "corpora"),
+    )

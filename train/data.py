@@ -15,21 +15,15 @@ import torch
 from torch import Tensor
 
 from cache.clip import Record
-from cache.labels import LabelSpace
+from cache.manifest import Header
 from train.attention import Segments
 from train.config import Preset
 from train.fusion import fused_mask
-from train.instructions import (
-    InstructionPools,
-    choose_instruction,
-    load_instructions,
-    option_list,
-    option_order,
-)
 from train.mixture import Ask
-from train.prompt import PromptTokens, render, tokenize
+from train.prompt import PromptTokens, tokenize
 from train.reading import Views
 from train.turns import TextTokenizer, turns_of
+from train.wording import Wording
 
 
 class PrefixBatch(TypedDict):
@@ -109,64 +103,32 @@ class Group:
 
 
 class Renderer:
-    """Renders records to token ids by one preset, tokenizer and label space."""
+    """Renders records to token ids by one preset, tokenizer and set of label spaces."""
 
-    def __init__(self, preset: Preset, tokenizer: TextTokenizer, labels: LabelSpace) -> None:
+    def __init__(self, preset: Preset, tokenizer: TextTokenizer, header: Header) -> None:
         """Read the instruction pools and the chat template.
+
+        Args:
+            preset: Prompt settings and seed.
+            tokenizer: Of the language model.
+            header: Of the manifest, for its label spaces.
 
         Raises:
             SchemaError: Damaged pools, or a chat template that cannot be used.
         """
         self.preset = preset
         self.tokenizer = tokenizer
-        self.labels = labels
-        self.pools: InstructionPools = load_instructions(preset.prompt.instructions)
+        self.wording = Wording(preset, header)
         self.turns = turns_of(tokenizer, preset.prompt.chat)
 
     def question(
         self, record: Record, ask: Ask, *, with_answer: bool, vary: bool = True
     ) -> Question:
-        """Render and tokenize one question about a record.
-
-        Args:
-            record: About whom.
-            ask: Task and pass.
-            with_answer: True in training and validation.
-            vary: Options in another order each pass, and perhaps not all, see `PromptConfig`. False, for
-                validation and evaluation, lists all in native order.
-
-        Raises:
-            SchemaError: The record lacks what the task needs, or its label is not an option.
-        """
-        config, seed = self.preset.prompt, self.preset.seed
-        labels: Sequence[str] = self.labels.labels
-        if config.option_list == "label_conditional" and vary:
-            labels = option_list(
-                labels,
-                record.label,
-                seed,
-                record.uid,
-                ask.epoch,
-                neutral_free_share=config.neutral_free_share,
-            )
-        rendered = render(
-            ask.task,
-            choose_instruction(ask.task, seed, record.uid, ask.epoch, self.pools),
-            option_order(labels, seed, record.uid, ask.epoch, shuffle=vary),
-            subtitle=record.subtitle if config.use_subtitle else None,
-            label=record.label,
-            description=record.description,
-            audio_description=record.audio_description,
-            image_description=record.image_description,
-            with_answer=with_answer,
-            prompt_style=config.style,
-            answer_norm=config.answer_norm,
-            turns=self.turns,
-        )
+        """Render and tokenize one question about a record; see `Wording.render`."""
         prompt = tokenize(
-            rendered,
+            self.wording.render(record, ask, with_answer=with_answer, vary=vary, turns=self.turns),
             self.tokenizer,
-            max_answer_tokens=config.max_answer_tokens,
+            max_answer_tokens=self.preset.prompt.max_answer_tokens,
             turns=self.turns,
         )
         return Question(ask.task, prompt)

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-from cache.errors import ManifestError
 from cache.manifest import Manifest
 from cache.store import TokenStore
 from train.backbone import context_length, empty_llm, load_tokenizer
 from train.config import Preset, StageConfig
 from train.costs import Costs, Flops, Memory, Work
 from train.data import Renderer
-from train.loop import check_lengths
+from train.loop import check_labels, check_lengths, run_tasks
 from train.mixture import Mixture
 from train.model import EmotionLlama
 from train.packing import Grouper, Planner, Step
@@ -167,12 +166,7 @@ def estimate(
         ManifestError: No labels, or no record for a task of the mixture.
         SchemaError: LoRA names no layer of the model, or a sample does not fit.
     """
-    space = manifest.header.label_space
-    if space is None:
-        raise ManifestError(
-            "the manifest holds no labels, so there is nothing to train on. "
-            "Index with a table: emocache index DIR --out FILE --labels labels.csv"
-        )
+    check_labels(manifest, preset, "the manifest")
     reader = ViewReader(store, preset)
     preset, data = preset.model_copy(update={"tokens": reader.resolved}), preset.data
     records = usable(manifest.select(data.train_split), reader, data)
@@ -186,9 +180,9 @@ def estimate(
     with torch.device("meta"):
         model = EmotionLlama(preset, empty_llm(preset.model.llm))
     limit = context_length(model.llm.get_base_model())
-    grouper = Grouper(
-        preset, reader, Renderer(preset, load_tokenizer(preset.model.llm), space), limit
-    )
+    renderer = Renderer(preset, load_tokenizer(preset.model.llm), manifest.header)
+    grouper = Grouper(preset, reader, renderer, limit)
+    renderer.wording.check(records + val_records, run_tasks(preset))
     check_lengths(records + val_records, preset, grouper, reader, limit)
     laid_out = [
         _lay_out(Planner(mixture, grouper.groups, stage.optim, n_processes), stage)

@@ -43,7 +43,7 @@ def import_run(file: Path, preset: Preset, run: Path) -> ImportReport:
         manifest="",
         store="",
         records_sha256="",
-        label_space=None,
+        label_spaces={},
         versions=versions() | {"imported from": f"{report.kind}, {file.name}"},
         trainable=model.trainable(),
         finished=(STAGE,),

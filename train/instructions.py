@@ -23,12 +23,14 @@ from pydantic import (
 )
 
 from cache.errors import SchemaError, near_miss
-from train.tasks import TASK_NEEDS, TASKS, Task, check_task
+from train.tasks import TASK_TABLE, TASKS, Task, check_task
 
 INSTRUCTIONS_FILE = Path(__file__).with_name("instructions.json")
 LABELS_SLOT = "{labels}"
 """Where a template lists the options."""
 NEUTRAL = "neutral"
+MAX_EXAMPLES = 20
+"""Words that a template for an open vocabulary lists at most; a corpus may use hundreds."""
 # Tags that carry structure: ours, those of a reply, the usual special tokens of chat models.
 STRUCTURE = (
     r"INST|Vid|VideoHere|SYS|s|pad|unk|bos|eos|mask|cls|sep|unused\d+|(?:start|end)_of_\w+"
@@ -39,18 +41,46 @@ STRUCTURE_TAG = re.compile(rf"[<\[]/?(?:{STRUCTURE})[>\]]|{PIPED}", re.IGNORECAS
 
 
 class InstructionPools(BaseModel):
-    """The instruction templates of each task.
+    """The instruction templates of each task; a task may have none.
 
-    Templates of `emotion` and `think` list the options in a `{labels}` slot; the others have none.
+    Templates of tasks that choose among labels list the options in a `{labels}` slot; those of
+    `open-vocabulary` may list examples there; the others have none.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        alias_generator=lambda name: name.replace("_", "-"),
+        populate_by_name=True,
+    )
 
-    emotion: tuple[str, ...]
+    emotion: tuple[str, ...] = ()
     """Recognition: the reply is one label."""
 
-    think: tuple[str, ...]
+    sentiment: tuple[str, ...] = ()
+    """Recognition of the polarity."""
+
+    intent: tuple[str, ...] = ()
+    """Recognition of the communicative intent."""
+
+    multi_label: tuple[str, ...] = ()
+    """Recognition: the reply is one label or several, with commas between them."""
+
+    open_vocabulary: tuple[str, ...] = ()
+    """The reply is words of the model's own, with commas between them."""
+
+    think: tuple[str, ...] = ()
     """Recognition and reasoning: `<think>` holds the reasoning, `<answer>` the label."""
+
+    think_sentiment: tuple[str, ...] = ()
+    """The same about the polarity."""
+
+    think_intent: tuple[str, ...] = ()
+    """The same about the intent."""
+
+    think_multi_label: tuple[str, ...] = ()
+    """The same with one emotion or several."""
 
     reason: tuple[str, ...] = ()
     """Reasoning: the reply is free text."""
@@ -77,16 +107,25 @@ class InstructionPools(BaseModel):
     @field_validator("*")
     @classmethod
     def _usable(cls, pool: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        n_slots = int("label" in TASK_NEEDS[check_task(str(info.field_name))])
-        if not pool and n_slots:
-            raise ValueError("the pool is empty; at least one template is needed")
+        task = check_task(str(info.field_name).replace("_", "-"))
+        allowed = _n_slots(task)
         for i, template in enumerate(pool):
-            if template.count(LABELS_SLOT) != n_slots:
-                need = "needs one" if n_slots else "lists no options and may have no"
+            if template.count(LABELS_SLOT) not in allowed:
+                need = {
+                    (1,): "needs one",
+                    (0,): "lists no options and may have no",
+                    (0, 1): "may have at most one",
+                }[allowed]
                 raise ValueError(f"template {i} {need} {LABELS_SLOT} slot, got {template!r}")
             if found := STRUCTURE_TAG.search(template):
                 raise ValueError(f"template {i} holds {found[0]!r}, which the renderer places")
         return pool
+
+    @property
+    def pool_id(self) -> str:
+        """Digest of all templates: 12 hexadecimal digits that name this wording."""
+        pools = {task: self._pool(task) for task in TASKS if self._pool(task)}
+        return hashlib.sha256(json.dumps(pools, sort_keys=True).encode()).hexdigest()[:12]
 
     def of(self, task: str) -> tuple[str, ...]:
         """Return the templates of a task; raises SchemaError if there are none."""
@@ -102,7 +141,7 @@ class InstructionPools(BaseModel):
         return pool
 
     def _pool(self, task: Task) -> tuple[str, ...]:
-        pool: tuple[str, ...] = getattr(self, task)
+        pool: tuple[str, ...] = getattr(self, task.replace("-", "_"))
         return pool
 
 
@@ -110,16 +149,17 @@ def load_instructions(path: Path | str | None = None) -> InstructionPools:
     """Read instruction pools from a JSON object `{task: [template, ...]}`.
 
     Args:
-        path: A user's file; None reads the shipped one: ten templates for `emotion`, five for each
-            other task. A user's file may leave out `reason`, `audio` and `image`.
+        path: A user's file; None reads the shipped one: ten templates for each label task, five for each
+            task with a description. A user's file may leave out tasks.
 
     Raises:
-        SchemaError: The file is missing or no JSON, a task is unknown, repeated or missing, a
-            pool is empty, or a template lacks its `{labels}` slot or may not have one.
+        SchemaError: The file is missing or no JSON, a task is unknown or repeated, a pool is empty,
+            or a template lacks its `{labels}` slot or may not have one.
     """
     file = INSTRUCTIONS_FILE if path is None else Path(path)
     try:
         raw = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        _refuse_empty(raw)
         pools = InstructionPools.model_validate_json(json.dumps(raw))
     except OSError as error:
         raise SchemaError(f"cannot read the instructions '{file}': {error.strerror}.") from error
@@ -138,7 +178,13 @@ def load_instructions(path: Path | str | None = None) -> InstructionPools:
 
 
 def choose_instruction(
-    task: str, seed: int, uid: str, epoch: int, pools: InstructionPools | None = None
+    task: str,
+    seed: int,
+    uid: str,
+    epoch: int,
+    pools: InstructionPools | None = None,
+    *,
+    examples: bool = True,
 ) -> str:
     """Return the template of a sample: the same arguments give the same one on any machine.
 
@@ -148,12 +194,20 @@ def choose_instruction(
         uid: Record id; it only feeds the hash.
         epoch: Pass over the data, so that a clip meets other wordings later.
         pools: Templates to choose from; None means the shipped ones.
+        examples: False leaves out templates of `open-vocabulary` that list example words.
 
     Raises:
         SchemaError: Unknown task, or one for which the pools hold nothing.
     """
     pool = (_shipped() if pools is None else pools).of(task)
-    return pool[_draw("instruction", task, seed, uid, epoch) % len(pool)]
+    if not examples and len(_n_slots(check_task(task))) > 1:
+        pool = tuple(template for template in pool if LABELS_SLOT not in template)
+        if not pool:
+            raise SchemaError(
+                f"every template of '{task}' lists example words in a {LABELS_SLOT} slot, and there are "
+                "none to list. Add a template without the slot."
+            )
+    return pool[draw("instruction", task, seed, uid, epoch) % len(pool)]
 
 
 def option_order(
@@ -172,7 +226,7 @@ def option_order(
     """
     if not shuffle:
         return tuple(labels)
-    rank = [_draw("options", seed, uid, epoch, i) for i in range(len(labels))]
+    rank = [draw("options", seed, uid, epoch, i) for i in range(len(labels))]
     return tuple(labels[i] for i in sorted(range(len(labels)), key=rank.__getitem__))
 
 
@@ -192,22 +246,47 @@ def option_list(
 
     Args:
         labels: The native names, in any order, which is kept.
-        true_label: Of the record, in any case; None, or neutral, keeps the full list.
+        true_label: Of the record, in any case; None, or neutral, keeps the full list. Of several
+            labels give neutral, if it is among them.
         seed: Seed of the run.
         uid: Record id; it only feeds the hash.
         epoch: Pass over the data.
         neutral_free_share: Share of the samples with another true label that lose neutral.
     """
     other = true_label is not None and true_label.lower() != NEUTRAL
-    if other and _draw("neutral", seed, uid, epoch) < neutral_free_share * 2**64:
+    if other and draw("neutral", seed, uid, epoch) < neutral_free_share * 2**64:
         return tuple(label for label in labels if label.lower() != NEUTRAL)
     return tuple(labels)
 
 
-def _draw(*parts: str | int) -> int:
+def draw(*parts: str | int) -> int:
     """Return a hash of the parts, uniform in [0, 2**64); Python's own hash differs per process."""
     text = json.dumps(parts).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def choose_text(texts: Sequence[str], seed: int, uid: str, epoch: int) -> str | None:
+    """Return one of the descriptions that fit a task, another one in a later pass; None of none."""
+    return texts[draw("description", seed, uid, epoch) % len(texts)] if texts else None
+
+
+def choose_task(tasks: Sequence[Task], seed: int, uid: str, epoch: int) -> Task:
+    """Return one of the tasks of a family that a record can answer, another one in a later pass."""
+    return tasks[draw("task", seed, uid, epoch) % len(tasks)]
+
+
+def _n_slots(task: Task) -> tuple[int, ...]:
+    """Return how many `{labels}` slots a template may have."""
+    if task == "open-vocabulary":
+        return (0, 1)
+    return (0,) if TASK_TABLE[task].label is None else (1,)
+
+
+def _refuse_empty(raw: Any) -> None:
+    """Refuse a pool that a file names without a template."""
+    for task, pool in raw.items() if isinstance(raw, dict) else ():
+        if pool == []:
+            raise ValueError(f"{task}: the pool is empty; add a template, or leave the task out")
 
 
 @cache

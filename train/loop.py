@@ -26,12 +26,11 @@ from torch import nn
 
 from cache.clip import Record
 from cache.errors import ManifestError, SchemaError
-from cache.labels import LabelSpace
-from cache.manifest import Manifest
+from cache.manifest import Header, Manifest
 from cache.store import TokenStore
 from train.backbone import context_length
 from train.checkpoint import TrainState, last_checkpoint, load_trained, trained_folder
-from train.config import Preset, StageConfig
+from train.config import Preset, StageConfig, stage_tasks, tasks_asked
 from train.data import Renderer
 from train.interrupt import Interrupt
 from train.loading import Loader
@@ -43,7 +42,9 @@ from train.parallel import Parallel, Processes
 from train.reading import ViewReader, usable
 from train.run import RunInfo, continued, versions, write_run
 from train.stage import OnStep, StageTrainer
+from train.tasks import TASK_TABLE, Task, tasks_of
 from train.validation import Validation
+from train.wording import Wording
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,8 @@ class _Job:
         run: Path,
         processes: Processes,
     ) -> None:
-        self._space = _label_space(manifest, manifest_path)
+        check_labels(manifest, preset, str(manifest_path))
+        self._header = manifest.header
         self._reader = ViewReader(store, preset, pin_memory=processes.device.type == "cuda")
         self._preset = preset.model_copy(update={"tokens": self._reader.resolved})
         self._run, self._processes = run, processes
@@ -126,9 +128,11 @@ class _Job:
         self._val_records: list[Record] = []
         if data.val_split is not None and data.val_split in manifest.splits:
             self._val_records = usable(manifest.select(data.val_split), self._reader, data)
-        records_sha256 = _digest(self._records)
+        records_sha256 = _digest(self._records, manifest.header)
         self._previous = continued(run, self._preset, records_sha256)
-        # A mixture that cannot be drawn is refused before the model is loaded.
+        # What cannot be drawn or worded is refused before the model is loaded.
+        wording = Wording(preset, manifest.header)
+        wording.check(self._records + self._val_records, run_tasks(preset))
         self._mixtures = [
             Mixture(self._records, stage, preset.seed + number, self._reader.streams_of)
             for number, stage in enumerate(preset.stages)
@@ -142,7 +146,7 @@ class _Job:
                 manifest=str(manifest_path),
                 store=store.root,
                 records_sha256=records_sha256,
-                label_space=self._space,
+                label_spaces=self._header.label_spaces,
                 versions=versions(),
                 trainable={},
             )
@@ -167,7 +171,7 @@ class _Job:
         vocabulary = int(model.llm.get_input_embeddings().num_embeddings)
         limit = context_length(model.llm.get_base_model())
         model.set_execution(preset.execution)
-        renderer = Renderer(preset, tokenizer, self._space)
+        renderer = Renderer(preset, tokenizer, self._header)
         grouper = Grouper(preset, self._reader, renderer, limit)
         check_lengths(self._records + self._val_records, preset, grouper, self._reader, limit)
         for stage in left:  # what cannot be packed is refused before a file is written
@@ -261,18 +265,33 @@ class _Job:
         self._processes.wait()
 
 
-def _label_space(manifest: Manifest, path: Path) -> LabelSpace:
-    if manifest.header.label_space is None:
+def run_tasks(preset: Preset) -> tuple[Task, ...]:
+    """Return every task that a run may ask, in training or in validation."""
+    asked = [task for stage in preset.stages for task in tasks_asked(stage)]
+    validated = [t for s in preset.stages for name in stage_tasks(s) for t in tasks_of(name)]
+    return tuple(dict.fromkeys([*asked, *validated]))
+
+
+def check_labels(manifest: Manifest, preset: Preset, where: str) -> None:
+    """Refuse a manifest without labels, if the run asks for any.
+
+    Raises:
+        ManifestError: It has none.
+    """
+    if manifest.header.label_spaces:
+        return
+    if any(TASK_TABLE[task].label is not None for task in run_tasks(preset)):
         raise ManifestError(
-            f"{path}: no labels, so there is nothing to train on. "
+            f"{where}: no labels, so there is nothing to train on. "
             "Index with a table: emocache index DIR --out FILE --labels labels.csv"
         )
-    return manifest.header.label_space
 
 
-def _digest(records: Sequence[Record]) -> str:
-    """Return the SHA-256 of the training records: other records would be another run."""
+def _digest(records: Sequence[Record], header: Header) -> str:
+    """Return the SHA-256 of the training records and their label spaces: others are another run."""
     sha = hashlib.sha256()
+    for key, space in sorted(header.label_spaces.items()):
+        sha.update(key.encode() + space.model_dump_json().encode())
     for record in records:
         sha.update(record.model_dump_json().encode())
     return sha.hexdigest()
@@ -305,10 +324,15 @@ def check_lengths(
         return
     # No token is shorter than a byte, and instructions stay well below this.
     room = limit - preset.layout().total - 1000
-    tasks = {task for stage in preset.stages for task in stage.tasks}
+    tasks = sorted(run_tasks(preset))
     for record in records:
-        texts = (record.subtitle, record.description)
-        if sum(len(text.encode()) for text in texts if text) > room:
-            for task in sorted(tasks):
-                if can_answer(record, task, reader.streams_of):
-                    grouper.group(record, [Ask(task, 0)], with_answer=True)
+        subtitle = record.subtitle(preset.prompt.subtitle_language) or ""
+        longest = max((len(d.text.encode()) for d in record.descriptions), default=0)
+        if len(subtitle.encode()) + longest <= room:
+            continue
+        # Which of several descriptions is drawn depends on the pass: each is tried alone.
+        for text in record.descriptions or (None,):
+            alone = record.model_copy(update={"descriptions": () if text is None else (text,)})
+            for task in tasks:
+                if can_answer(alone, task, reader.streams_of):
+                    grouper.group(alone, [Ask(task, 0)], with_answer=True)

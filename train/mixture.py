@@ -6,7 +6,7 @@ processes, sees the same samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,8 +16,9 @@ import numpy.typing as npt
 from cache.clip import Record
 from cache.errors import ManifestError, near_miss
 from cache.spec import STREAMS, Stream
-from train.config import StageConfig
-from train.tasks import TASK_HIDES, TASK_NEEDS, Task
+from train.config import StageConfig, stage_tasks
+from train.instructions import choose_task
+from train.tasks import FAMILIES, TASK_TABLE, Asked, Task, tasks_of
 
 StreamsOf = Callable[[Record], Collection[Stream]]
 """Which streams of a record have tokens."""
@@ -48,10 +49,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class _Cell:
-    """The records of one corpus that one task can be asked about."""
+    """The records of one corpus that one task, or one of a family, can be asked about."""
 
     corpus: str
-    task: Task
+    asked: Asked
     records: tuple[Record, ...]
     weight: float
 
@@ -61,7 +62,8 @@ class Mixture:
 
     A (corpus, task) pair is drawn by its share. Within it every record comes once before any comes
     twice, in a new order each pass. Further questions about a drawn clip follow the shares of the
-    tasks that its record can answer.
+    tasks that its record can answer. A family counts as one task here; which of its tasks is asked
+    depends on seed, record and pass.
     """
 
     def __init__(
@@ -120,17 +122,27 @@ class Mixture:
     ) -> tuple[Ask, ...]:
         n = self._stage.pairs_per_clip
         if n == 1:
-            return (Ask(cell.task, epoch),)
+            return (self._ask(cell.asked, record, epoch),)
         shares = {
-            t: s
-            for t, s in _tasks(self._stage, cell.corpus).items()
-            if can_answer(record, t, self._streams_of)
+            asked: share
+            for asked, share in stage_tasks(self._stage, cell.corpus).items()
+            if self._answerable(record, asked)
         }
         p = np.array(list(shares.values()))
         more = rng.choice(len(shares), size=n - 1, p=p / p.sum())
-        tasks = [cell.task, *(list(shares)[i] for i in more)]
+        names = [cell.asked, *(list(shares)[i] for i in more)]
         # Another epoch is another wording and another order of options.
-        return tuple(Ask(task, n * epoch + i) for i, task in enumerate(tasks))
+        return tuple(self._ask(asked, record, n * epoch + i) for i, asked in enumerate(names))
+
+    def _ask(self, asked: Asked, record: Record, epoch: int) -> Ask:
+        tasks = self._answerable(record, asked)
+        if asked not in FAMILIES:
+            return Ask(tasks[0], epoch)
+        return Ask(choose_task(tasks, self._seed, record.uid, epoch), epoch)
+
+    def _answerable(self, record: Record, asked: Asked) -> tuple[Task, ...]:
+        """Return the tasks that a name stands for with this record."""
+        return tuple(t for t in tasks_of(asked) if can_answer(record, t, self._streams_of))
 
     def _hidden(self, rng: np.random.Generator) -> tuple[Stream, ...]:
         shares = self._stage.modality_dropout
@@ -146,42 +158,36 @@ class Mixture:
         }
         cells = []
         for corpus, weight in names.items():
-            own = [r for r in records if not corpus or corpus_of(r) == corpus]
+            own = [r for r in records if not corpus or r.corpus == corpus]
             if not own:
-                known = sorted({corpus_of(r) for r in records})
+                known = sorted({r.corpus for r in records})
                 raise ManifestError(
                     f"stage '{stage.name}': no training record is of corpus '{corpus}'."
                     f"{near_miss(corpus, known)} The manifest has: {', '.join(known) or 'none'}."
                 )
-            tasks = _tasks(stage, corpus)
+            tasks = stage_tasks(stage, corpus)
             total = sum(tasks.values())
-            for task, share in tasks.items():
-                pool = tuple(r for r in own if can_answer(r, task, self._streams_of))
+            for asked, share in tasks.items():
+                pool = tuple(r for r in own if self._answerable(r, asked))
                 if not pool:
-                    needs = " and ".join(f"a{'n' * (n[0] in 'aei')} {n}" for n in TASK_NEEDS[task])
                     where = f" of corpus '{corpus}'" if corpus else ""
                     raise ManifestError(
-                        f"task '{task}' needs records with {needs}, and none of the {len(own)}{where} has "
-                        "that. Index with a --labels table that holds them, or set the task's share to 0."
+                        f"task '{asked}' needs records with {_needs(asked)}, and none of the "
+                        f"{len(own)}{where} has that. Index with a table that holds them, or "
+                        "set the task's share to 0."
                     )
-                cells.append(_Cell(corpus, task, pool, weight * share / total))
+                cells.append(_Cell(corpus, asked, pool, weight * share / total))
         return cells
-
-
-def corpus_of(record: Record) -> str:
-    """Return the first part of a record's uid."""
-    return record.uid.partition("/")[0]
 
 
 def can_answer(record: Record, task: Task, streams_of: StreamsOf) -> bool:
     """Return whether a record has what a task needs, and a stream that the task may see."""
-    if not all(getattr(record, name) for name in TASK_NEEDS[task]):
+    row = TASK_TABLE[task]
+    if not row.answerable(record):
         return False
-    hidden = TASK_HIDES.get(task, ())
-    return not hidden or any(s not in hidden for s in streams_of(record))
+    return not row.hides or any(s not in row.hides for s in streams_of(record))
 
 
-def _tasks(stage: StageConfig, corpus: str) -> Mapping[Task, float]:
-    """Return the tasks that have a share in a corpus."""
-    own = stage.corpora[corpus].tasks if corpus in stage.corpora else None
-    return {task: share for task, share in (own or stage.tasks).items() if share > 0}
+def _needs(asked: Asked) -> str:
+    """Say what the records of a task, or of any task of a family, must have."""
+    return ", or ".join(TASK_TABLE[task].needs() for task in tasks_of(asked))

@@ -23,7 +23,7 @@ from train.data import Group, Renderer
 from train.fusion import fused_mask
 from train.mixture import Ask, Mixture, Sample
 from train.reading import ViewReader
-from train.tasks import TASK_HIDES
+from train.tasks import TASK_TABLE
 
 N_WAITING = 48
 """Samples among which a pack's filling is chosen."""
@@ -126,7 +126,7 @@ class Grouper:
 
     def _hidden(self, sample: Sample, ask: Ask) -> tuple[Stream, ...]:
         """Return what a question may not see; modality dropout never hides the last stream."""
-        by_task = TASK_HIDES.get(ask.task, ())
+        by_task = TASK_TABLE[ask.task].hides
         left = {s for s in self._reader.streams_of(sample.record) if s not in by_task}
         dropped = [s for s in sample.hidden if s in left]
         if len(dropped) == len(left):

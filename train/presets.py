@@ -21,6 +21,7 @@ from train.config import (
     Tokens,
     Views,
 )
+from train.tasks import Asked
 
 
 def _tokens(whisper: WhisperEncoder, eva: EvaEncoder, *, video_px: int, image_px: int) -> Tokens:
@@ -70,9 +71,12 @@ def v2() -> Preset:
             lora=LoraConfig(r=64, alpha=16, dropout=0.05),
         ),
         stages=(
-            StageConfig(name="stage1", tasks={"emotion": 1.0}, n_steps=50_000, optim=optim),
+            StageConfig(name="stage1", tasks={"recognition": 1.0}, n_steps=50_000, optim=optim),
             StageConfig(
-                name="stage2", tasks={"emotion": 0.5, "think": 0.5}, n_steps=50_000, optim=optim
+                name="stage2",
+                tasks={"recognition": 0.5, "joint": 0.5},
+                n_steps=50_000,
+                optim=optim,
             ),
         ),
     )
@@ -158,27 +162,48 @@ def v2_released() -> Preset:
     )
 
 
-def _released_mixtures() -> tuple[dict[str, CorpusShare], dict[str, CorpusShare]]:
-    """Sampling weights of both released stages by corpus (reference facts, section 5.1).
+_RELEASED_WEIGHTS = {
+    "mer2023": 60, "caer": 135, "dfew": 135, "bold": 135, "mc-eiu": 120, "mafw": 105, "e3": 195,
+    "iemocap": 120, "sims-v2": 60, "mosei": 240, "mosi": 45, "meld": 150,
+}  # fmt: skip
+"""Sampling weights of the released stage 1 by corpus (reference facts, section 5.1)."""
+_RELEASED_LABELS: dict[str, dict[Asked, float]] = {
+    "meld": {"emotion": 1, "sentiment": 1},
+    "mc-eiu": {"emotion": 1, "intent": 1},
+    "mafw": {"emotion": 1, "multi-label": 1},
+    "bold": {"multi-label": 1},
+    **{name: {"sentiment": 1} for name in ("mosi", "mosei", "sims-v2")},
+}
+"""Label tasks by corpus, in the shares of stage 1; `emotion` of those that are not named here."""
+_RELEASED_JOINT: dict[str, dict[Asked, float]] = {
+    "meld": {"think": 0.5, "think-sentiment": 0.5},
+    "mc-eiu": {"think-intent": 1},
+    "mafw": {"think": 1, "think-multi-label": 1},
+    "bold": {"think-multi-label": 1},
+    **{name: {"think-sentiment": 1} for name in ("mosi", "mosei", "sims-v2")},
+}
+"""Think tasks of stage 2; `think` of the others."""
 
-    Tasks other than recognition and description (sentiment, intent, several labels) count as
-    `emotion`, which asks for the record's label whatever its space is called.
+
+def _released_mixtures() -> tuple[dict[str, CorpusShare], dict[str, CorpusShare]]:
+    """Corpora and task pools of both released stages (reference facts, sections 5.1 and 5.2).
+
+    A pool is drawn from evenly. In stage 2 MC-EIU draws the intent twice as often, and MELD spends
+    its one think share on emotion and sentiment by halves.
     """
-    first = {
-        "mer2023": 60, "caer": 135, "dfew": 135, "bold": 135, "mc-eiu": 120, "mafw": 105, "e3": 195,
-        "iemocap": 120, "sims-v2": 60, "mosei": 240, "mosi": 45, "meld": 150,
+    emotion: dict[Asked, float] = {"emotion": 1}
+    think: dict[Asked, float] = {"think": 1}
+    first, second = {}, {}
+    for name, weight in _RELEASED_WEIGHTS.items():
+        labels = _RELEASED_LABELS.get(name, emotion)
+        first[name] = CorpusShare(weight=weight, tasks={**labels, "audio": 1, "image": 1})
+        joint = _RELEASED_JOINT.get(name, think)
+        second[name] = CorpusShare(weight=weight, tasks={**labels, "reason": 1, **joint})
+    intent_twice: dict[Asked, float] = {
+        "emotion": 1, "intent": 2, "reason": 1, "think-intent": 1
     }  # fmt: skip
-    second = {**first, "mc-eiu": 150}
-    return (
-        {
-            name: CorpusShare(weight=weight, tasks={"emotion": 1.0, "audio": 1.0, "image": 1.0})
-            for name, weight in first.items()
-        },
-        {
-            name: CorpusShare(weight=weight, tasks={"emotion": 1.0, "reason": 1.0, "think": 1.0})
-            for name, weight in second.items()
-        },
-    )
+    second["mc-eiu"] = CorpusShare(weight=150, tasks=intent_twice)
+    return first, second
 
 
 PRESETS: dict[str, Callable[[], Preset]] = {

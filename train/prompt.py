@@ -7,9 +7,10 @@ around the splice point and the prefix tokens are embeddings that never become t
     [/INST] {answer} </s>
 
 Another model's own chat template takes the place of `[INST]` and `[/INST]`, see `turns_of`. Our
-tags are ordinary text; nothing is added to a vocabulary. Subtitles and descriptions are foreign
-text: control tags are taken out of them before they enter a prompt, and only the chat template may
-write a special token. A uid only seeds choices and never reaches the prompt. Neither torch nor
+tags are ordinary text; nothing is added to a vocabulary. Subtitles, names of persons and
+descriptions are foreign text: control tags are taken out of them before they enter a prompt, and
+only the chat template may write a special token. A uid only seeds choices and never reaches the
+prompt; nor do speakers, parents and splits. Neither torch nor
 transformers is needed here. docs/prompts.md tells the same in plain words.
 """
 
@@ -19,17 +20,21 @@ import bisect
 import builtins
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from cache.errors import SchemaError, near_miss
 from train.instructions import LABELS_SLOT, PIPED, STRUCTURE
-from train.tasks import TASK_NEEDS, TASKS, Task, check_task, unknown
+from train.tasks import SEVERAL_LABELS, TAGS, TASK_TABLE, Task, check_task, unknown
 from train.turns import LLAMA_2, TextTokenizer, Turns, encode, turns_of
 
 PromptStyle = Literal["code", "paper"]
 AnswerNorm = Literal["keep", "blip"]
+RENDERER_VERSION = 2
+"""Raised whenever an equal record, instruction and order of options give another text."""
+SEPARATOR = ", "
+"""Between options, and between the labels of an answer."""
 HEAD = "[INST] <Vid>"
 """The head with LLaMA-2's turns."""
 # The wording of the released code, and of section 4.1 of the paper.
@@ -38,7 +43,7 @@ _SUBTITLE_SUBJECT: dict[PromptStyle, str] = {
     "paper": "The person in the video says",
 }
 _CONTROL_TAG = re.compile(
-    rf"[<\[]/?(?:{STRUCTURE}|think|answer|{'|'.join(TASKS)})[>\]]|{PIPED}", re.IGNORECASE
+    rf"[<\[]/?(?:{STRUCTURE}|think|answer|video|{'|'.join(TAGS)})[>\]]|{PIPED}", re.IGNORECASE
 )
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _THINK_ANSWER = re.compile(r"(<think>)(.*)(</think><answer>.*</answer>)", re.DOTALL)
@@ -135,7 +140,9 @@ def neutralise(text: str) -> str:
     return " ".join(_CONTROL_TAG.sub(" ", _CONTROL_CHARACTER.sub(" ", text)).split())
 
 
-def subtitle_clause(text: str | None, prompt_style: PromptStyle = "code") -> str:
+def subtitle_clause(
+    text: str | None, prompt_style: PromptStyle = "code", person: str | None = None
+) -> str:
     """Return the sentence that quotes the subtitle, with a space behind it.
 
     Missing text (None, or nothing left but blanks and tags) gives an empty clause: the sentence
@@ -145,11 +152,14 @@ def subtitle_clause(text: str | None, prompt_style: PromptStyle = "code") -> str
     Args:
         text: The subtitle; control tags are taken out.
         prompt_style: `code` says "in video" as the released code, `paper` "in the video".
+        person: Who says it, in place of "the person in video", for example "The woman with the red
+            scarf"; control tags are taken out.
     """
     if prompt_style not in _SUBTITLE_SUBJECT:
         raise unknown("prompt_style", prompt_style, _SUBTITLE_SUBJECT)
-    clean = neutralise(text or "")
-    return f"{_SUBTITLE_SUBJECT[prompt_style]}: {clean}. " if clean else ""
+    clean, who = neutralise(text or ""), neutralise(person or "")
+    subject = f"{who[0].upper()}{who[1:]} says" if who else _SUBTITLE_SUBJECT[prompt_style]
+    return f"{subject}: {clean}. " if clean else ""
 
 
 def render(
@@ -158,10 +168,9 @@ def render(
     labels: Sequence[str],
     *,
     subtitle: str | None = None,
-    label: str | None = None,
+    person: str | None = None,
+    label: str | Sequence[str] | None = None,
     description: str | None = None,
-    audio_description: str | None = None,
-    image_description: str | None = None,
     with_answer: bool | None = None,
     prompt_style: PromptStyle = "code",
     answer_norm: AnswerNorm = "keep",
@@ -170,19 +179,18 @@ def render(
     """Render one sample.
 
     Args:
-        task: `emotion` (the answer is the label), `think` (description, then label), `reason`,
-            `audio` or `image` (the description of that name alone).
-        instruction: A template, see `choose_instruction`; with a `{labels}` slot for `emotion` and
-            `think`, without for the others.
+        task: One of `TASKS`; what its answer is made of stands in `TASK_TABLE`.
+        instruction: A template, see `choose_instruction`; with a `{labels}` slot for tasks that
+            choose among labels, without for those that name none.
         labels: The options in the order to list them, see `option_order`; written in lower case.
-            Unused by tasks without options.
+            Of `open-vocabulary` they are examples. Unused by templates without options.
         subtitle: What the person says, or None.
-        label: The true label, one of `labels` in any case.
-        description: The reasoning to supervise in `think` and `reason`.
-        audio_description: What is heard.
-        image_description: What is seen.
-        with_answer: True demands all that `TASK_NEEDS` names, False leaves the answer out; None
-            leaves it out if the first field that the task needs is None.
+        person: Who says it; None: "the person in video".
+        label: The true label, one of `labels` in any case, or several of them in the order to name
+            them. Of `open-vocabulary` any words.
+        description: The text to supervise: the reasoning, or what is heard or seen.
+        with_answer: True demands all that the answer is made of, False leaves the answer out; None
+            leaves it out if there is no label, or no description where the task names no label.
         prompt_style: Wording of the subtitle clause.
         answer_norm: `keep`, or `blip` for the released code's: lower case, no punctuation, at most
             200 words of description.
@@ -190,40 +198,24 @@ def render(
 
     Raises:
         SchemaError: Unknown task, a template that does not fit the task, a label that is not an
-            option, or an answer without a field that it needs (it would train an empty one).
+            option, or an answer without what it needs (it would train an empty one).
     """
     checked = check_task(task)
     if answer_norm not in get_args(AnswerNorm):
         raise unknown("answer_norm", answer_norm, get_args(AnswerNorm))
-    needs = TASK_NEEDS[checked]
-    options: list[str] = []
-    if "label" in needs:
-        if instruction.count(LABELS_SLOT) != 1:
-            raise SchemaError(f"the instruction needs one {LABELS_SLOT} slot, got {instruction!r}.")
-        options = [option.lower() for option in labels]
-        if not options or any(not option or neutralise(option) != option for option in options):
-            raise SchemaError(f"labels must be plain words, at least one; got {list(labels)}.")
-    elif LABELS_SLOT in instruction:
-        raise SchemaError(
-            f"the task '{checked}' lists no options, but its instruction has a {LABELS_SLOT} slot: "
-            f"{instruction!r}. Take the slot out."
-        )
-    given = {
-        "label": label,
-        "description": description,
-        "audio_description": audio_description,
-        "image_description": image_description,
-    }
+    row = TASK_TABLE[checked]
+    options = _options(checked, instruction, labels)
+    names = (label,) if isinstance(label, str) else tuple(label or ())
     if with_answer is None:
-        with_answer = given[needs[0]] is not None
+        with_answer = bool(names) if row.label is not None else description is not None
     before, after = LLAMA_2 if turns is None else (turns.before, turns.after)
-    clause = subtitle_clause(subtitle, prompt_style)
-    asked = instruction.replace(LABELS_SLOT, ", ".join(options))
+    clause = subtitle_clause(subtitle, prompt_style, person)
+    asked = instruction.replace(LABELS_SLOT, SEPARATOR.join(options))
     return RenderedPrompt(
         head=f"{before}<Vid>",
-        tail=f"</Vid> {clause}[{checked}] {asked}{after}",
-        answer=_answer(checked, given, options, answer_norm) if with_answer else None,
-        free_text="label" not in needs,
+        tail=f"</Vid> {clause}[{row.tag}] {asked}{after}",
+        answer=_answer(checked, names, description, options, answer_norm) if with_answer else None,
+        free_text=row.label is None,
     )
 
 
@@ -280,35 +272,88 @@ def tokenize(
     return PromptTokens((*bos, *head_ids), ids(prompt.tail, turns.after), answer_ids)
 
 
+def _options(task: Task, instruction: str, labels: Sequence[str]) -> list[str]:
+    """Return the options in lower case, after checking that the instruction and they fit the task."""
+    row, n_slots = TASK_TABLE[task], instruction.count(LABELS_SLOT)
+    is_open = task == "open-vocabulary"
+    if row.label is None and n_slots:
+        raise SchemaError(
+            f"the task '{task}' lists no options, but its instruction has a {LABELS_SLOT} slot: "
+            f"{instruction!r}. Take the slot out."
+        )
+    if row.label is None or (is_open and not n_slots):
+        return []
+    if n_slots != 1:
+        raise SchemaError(f"the instruction needs one {LABELS_SLOT} slot, got {instruction!r}.")
+    options = [option.lower() for option in labels]
+    if not options or any(not option or neutralise(option) != option for option in options):
+        raise SchemaError(f"labels must be plain words, at least one; got {list(labels)}.")
+    if row.label in SEVERAL_LABELS:
+        _refuse_separators(task, options)
+    return options
+
+
+def _refuse_separators(task: Task, labels: Sequence[str]) -> None:
+    """Refuse labels of which a list could not be taken apart again."""
+    for label in labels:
+        if "," in label:
+            raise SchemaError(
+                f"label {label!r} holds a comma, which separates the labels of a '{task}' answer. Spell "
+                "it another way in the label space, with this spelling as an alias."
+            )
+
+
+def _names(task: Task, given: Sequence[str], options: Sequence[str]) -> str:
+    """Return the labels of an answer as text; the options are in lower case."""
+    row = TASK_TABLE[task]
+    names = [name.lower() for name in given]
+    allowed = f"allowed are {list(options)}." if options else "any words are allowed."
+    if not names or not all(names):
+        raise SchemaError(
+            f"an answer to '{task}' needs a label, got {list(given) or None}; {allowed} Leave out "
+            "records without one."
+        )
+    if len(names) > 1 and row.label not in SEVERAL_LABELS:
+        raise SchemaError(
+            f"an answer to '{task}' names one label, got {names}; {allowed} Several labels are for "
+            "'multi-label', 'think-multi-label' and 'open-vocabulary'."
+        )
+    if task == "open-vocabulary":
+        names = [neutralise(name) for name in names]
+        if not all(names):
+            raise SchemaError(f"labels must be plain words; got {list(given)}.")
+        _refuse_separators(task, names)
+        return SEPARATOR.join(names)
+    for name in names:
+        if name not in options:
+            raise SchemaError(
+                f"label '{name}' is not an option; allowed are {list(options)}."
+                f"{near_miss(name, options)}"
+            )
+    return SEPARATOR.join(names)
+
+
 def _answer(
-    task: Task, given: Mapping[str, str | None], options: Sequence[str], norm: AnswerNorm
+    task: Task,
+    labels: Sequence[str],
+    description: str | None,
+    options: Sequence[str],
+    norm: AnswerNorm,
 ) -> str:
     """Return the text to supervise; the options are in lower case."""
-    label = (given["label"] or "").lower()
-    if "label" in TASK_NEEDS[task]:
-        if not label:
-            raise SchemaError(
-                f"an answer to '{task}' needs a label, got {given['label']!r}; allowed are "
-                f"{list(options)}. Leave out records without one."
-            )
-        if label not in options:
-            raise SchemaError(
-                f"label '{label}' is not an option; allowed are {list(options)}."
-                f"{near_miss(label, options)}"
-            )
-    if task == "emotion":
-        return label
-    needed = TASK_NEEDS[task][-1]
-    text = neutralise(given[needed] or "")
+    row = TASK_TABLE[task]
+    names = "" if row.label is None else _names(task, labels, options)
+    if row.description is None:
+        return names
+    text = neutralise(description or "")
     if norm == "blip":
         text = _blip(text)
     if not text.strip():
-        article = "an" if needed[0] in "ai" else "a"
         raise SchemaError(
-            f"an answer to '{task}' needs {article} {needed}, got {given[needed]!r}; use another "
-            "task for records without one."
+            f"an answer to '{task}' needs a description of kind '{row.description}', got "
+            f"{description!r}; use another task for records without one."
         )
-    return f"<think>{text}</think><answer>{label}</answer>" if task == "think" else text.strip()
+    return f"<think>{text}</think><answer>{names}</answer>" if row.joint else text.strip()
 
 
 def _blip(text: str) -> str:

@@ -16,8 +16,9 @@ from __future__ import annotations
 import hashlib
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cache.errors import CheckpointError
 from cache.files import write_text_aside
@@ -33,16 +34,17 @@ _PACKAGES = ("cache", "train")
 class RunInfo(Model):
     """Who made a run, from what."""
 
-    schema_version: int = 1
+    schema_version: int = 2
     run_id: str
     created: str
     """UTC, ISO 8601."""
     manifest: str
     store: str
     records_sha256: str
-    """Digest of the training records: uid, clip, label, subtitle, description of each."""
-    label_space: LabelSpace | None
-    """None of an imported checkpoint: whoever evaluates it brings the labels."""
+    """Digest of the training records, all fields of each, and of the label spaces."""
+    label_spaces: dict[str, LabelSpace]
+    """Those of the manifest, by `<corpus>/<field>` or `<field>`. Empty of an imported checkpoint:
+    whoever evaluates it brings the labels."""
     versions: dict[str, str]
     """Library -> version; `code` is a digest of this project's own."""
     trainable: dict[str, int]
@@ -51,6 +53,16 @@ class RunInfo(Model):
     """Stages that are complete, in order."""
     seconds: dict[str, float] = Field(default_factory=dict)
     """Stage -> training time of the process that finished it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_schema_1(cls, data: Any) -> Any:
+        """Take a run.json from before corpora had label spaces of their own."""
+        if not isinstance(data, dict) or "label_space" not in data:
+            return data
+        space = data["label_space"]
+        rest = {name: value for name, value in data.items() if name != "label_space"}
+        return {**rest, "schema_version": 2, "label_spaces": {"emotion": space} if space else {}}
 
 
 def write_run(run: Path, preset: Preset, info: RunInfo) -> None:

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from cache.clip import Record
-from train.config import Preset, StageConfig
+from train.config import Preset, StageConfig, stage_tasks
 from train.data import collate, model_arguments
 from train.loading import to_device
 from train.mixture import Ask, can_answer
 from train.packing import Grouper, Pack
 from train.parallel import Processes
 from train.reading import ViewReader
-from train.tasks import TASK_HIDES, Task
+from train.tasks import TASK_TABLE, Task, tasks_of
 
 
 class Validation:
@@ -32,6 +32,8 @@ class Validation:
     ) -> None:
         """Render and pack the questions, one per record and task of the stage.
 
+        Of a family every record answers all tasks that it can.
+
         Args:
             records: Of the validation split.
             stage: Whose tasks are asked.
@@ -42,9 +44,10 @@ class Validation:
         self._preset, self._reader = preset, reader
         chosen = sorted(records, key=lambda r: hashlib.sha256(r.uid.encode()).digest())
         chosen = chosen[: preset.execution.max_val_records]
-        tasks: list[Task] = [task for task, share in stage.tasks.items() if share > 0]
+        asked = (tasks_of(name) for name in stage_tasks(stage))
+        tasks: list[Task] = list(dict.fromkeys(task for of_name in asked for task in of_name))
         groups = [
-            grouper.group(record, [Ask(task, 0)], TASK_HIDES.get(task, ()), with_answer=True)
+            grouper.group(record, [Ask(task, 0)], TASK_TABLE[task].hides, with_answer=True)
             for record in chosen
             for task in tasks
             if can_answer(record, task, reader.streams_of)

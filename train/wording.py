@@ -1,0 +1,162 @@
+"""From a record to the text of a sample: which template, options, subtitle, labels and description.
+
+Every choice is a hash of seed, uid and pass (`train.instructions`); the label space is the one of the
+record's corpus. Training, evaluation, export and previews all get their text here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from cache.clip import Record
+from cache.errors import ManifestError, SchemaError
+from cache.labels import LabelField, LabelSpace
+from cache.manifest import Header
+from train.config import Preset
+from train.instructions import (
+    MAX_EXAMPLES,
+    NEUTRAL,
+    InstructionPools,
+    choose_instruction,
+    choose_text,
+    load_instructions,
+    option_list,
+    option_order,
+)
+from train.mixture import Ask
+from train.prompt import SEPARATOR, RenderedPrompt, neutralise, render
+from train.tasks import SEVERAL_LABELS, TASK_TABLE, Task, TaskRow
+from train.turns import Turns
+
+
+class Wording:
+    """Renders records to text by one preset and the label spaces of a manifest."""
+
+    def __init__(self, preset: Preset, header: Header) -> None:
+        """Read the instruction pools.
+
+        Args:
+            preset: Prompt settings and seed.
+            header: Holds the label spaces.
+
+        Raises:
+            SchemaError: Damaged pools.
+        """
+        self._config, self._seed = preset.prompt, preset.seed
+        self._header = header
+        self.pools: InstructionPools = load_instructions(preset.prompt.instructions)
+
+    def space(self, record: Record, field: LabelField) -> LabelSpace:
+        """Return the label space of a field of a record.
+
+        Raises:
+            ManifestError: There is none.
+        """
+        found = self._header.space(record.corpus, field)
+        if found is None:
+            known = ", ".join(sorted(self._header.label_spaces)) or "none"
+            raise ManifestError(
+                f"{record.uid}: there is no label space for '{field}' of corpus '{record.corpus}', so a "
+                f"prompt has no options to list. Known: {known}. Index the corpus again with its labels."
+            )
+        return found
+
+    def render(
+        self,
+        record: Record,
+        ask: Ask,
+        *,
+        with_answer: bool,
+        vary: bool = True,
+        turns: Turns | None = None,
+    ) -> RenderedPrompt:
+        """Render one question about a record.
+
+        Args:
+            record: About whom.
+            ask: Task and pass.
+            with_answer: True in training and validation.
+            vary: Options in another order each pass, and perhaps not all, see `PromptConfig`. False, for
+                validation and evaluation, lists all in native order.
+            turns: Of the language model; None means LLaMA-2's.
+
+        Raises:
+            ManifestError: The record's corpus has no label space for the task.
+            SchemaError: The record lacks what the task needs, or its label is not an option.
+        """
+        config, row = self._config, TASK_TABLE[ask.task]
+        place = self._seed, record.uid, ask.epoch
+        options, examples = self._options(record, row, ask, vary=vary)
+        return render(
+            ask.task,
+            choose_instruction(ask.task, *place, self.pools, examples=examples),
+            options,
+            subtitle=record.subtitle(config.subtitle_language) if config.use_subtitle else None,
+            person=record.person,
+            label=self._labels(record, row),
+            description=choose_text(row.texts(record), *place),
+            with_answer=with_answer,
+            prompt_style=config.style,
+            answer_norm=config.answer_norm,
+            turns=turns,
+        )
+
+    def check(self, records: Iterable[Record], tasks: Sequence[Task]) -> None:
+        """Refuse what could not be rendered, before anything is trained.
+
+        Args:
+            records: That may be drawn.
+            tasks: That may be asked.
+
+        Raises:
+            ManifestError: A corpus has no label space for a task that its records can answer.
+            SchemaError: No templates for such a task, or labels that cannot stand in an answer.
+        """
+        known: set[tuple[Task, str]] = set()
+        for record in records:
+            for task in tasks:
+                row = TASK_TABLE[task]
+                if not row.answerable(record):
+                    continue
+                if task == "open-vocabulary":
+                    _check_words(record)
+                if (task, record.corpus) not in known:
+                    self.render(record, Ask(task, 0), with_answer=False)
+                    known.add((task, record.corpus))
+
+    def _options(
+        self, record: Record, row: TaskRow, ask: Ask, *, vary: bool
+    ) -> tuple[tuple[str, ...], bool]:
+        """Return the options in the order to list them, and whether there are example words."""
+        if row.label is None:
+            return (), False
+        space, place = self.space(record, row.label), (self._seed, record.uid, ask.epoch)
+        if ask.task == "open-vocabulary":
+            words = option_order(space.labels, *place, shuffle=vary)[:MAX_EXAMPLES]
+            return (words, True) if space.open else ((), False)
+        labels = space.labels
+        if self._config.option_list == "label_conditional" and vary:
+            given = record.labels_of(row.label)
+            true = NEUTRAL if NEUTRAL in given else next(iter(given), None)
+            share = self._config.neutral_free_share
+            labels = option_list(labels, true, *place, neutral_free_share=share)
+        return option_order(labels, *place, shuffle=vary), False
+
+    def _labels(self, record: Record, row: TaskRow) -> tuple[str, ...]:
+        """Return the labels to name: several in the space's order, open ones in the record's."""
+        if row.label is None:
+            return ()
+        given = record.labels_of(row.label)
+        if row.label not in SEVERAL_LABELS or row.label == "emotion_ov":
+            return tuple(dict.fromkeys(given))
+        return tuple(label for label in self.space(record, row.label).labels if label in given)
+
+
+def _check_words(record: Record) -> None:
+    """Refuse words of an open vocabulary that cannot stand in a list with commas."""
+    for word in record.emotion_ov:
+        if SEPARATOR.strip() in word or not neutralise(word):
+            raise SchemaError(
+                f"{record.uid}: {word!r} in 'emotion_ov' cannot be named in an answer, whose words are "
+                "separated by commas. Index the corpus again with such entries taken apart."
+            )
