@@ -1,22 +1,15 @@
-"""Folders and label tables to manifests; the manifest as a seam."""
+"""Folders of media files, with tables of labels, to manifests."""
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from cache.clip import Clip, Record, media_path
 from cache.errors import ManifestError, SchemaError
-from cache.labels import LabelSpace
-from cache.manifest import Header, Manifest, media_root, read_manifest, write_manifest
-from cache.schema import decode
+from cache.manifest import media_root, read_manifest, write_manifest
 from extract.index import index_folder
 from tests.media import write_clip
 
@@ -58,16 +51,41 @@ def test_a_table_brings_labels_subtitles_and_splits(folder: Path, tmp_path: Path
         'a.mp4,Happy,"Well, yes.",train,She smiles.,3,A bright voice.,A broad smile.\n'
         "day1/b.mp4,sad,,test,,,,\n",
     )
-    manifest, _ = index_folder(folder, tmp_path / "c.parquet", labels_csv=labels)
+    manifest, report = index_folder(folder, tmp_path / "c.parquet", labels_csv=labels, corpus="x")
     a, b = manifest.records
-    assert (a.label, a.subtitle, a.split, a.description, a.peak_index) == (
-        "happy", "Well, yes.", "train", "She smiles.", 3,
-    )  # fmt: skip
-    assert (a.audio_description, a.image_description) == ("A bright voice.", "A broad smile.")
-    assert (b.label, b.subtitle, b.description, b.peak_index) == ("sad", None, None, None)
-    assert (b.audio_description, b.image_description) == (None, None)
-    assert manifest.header.label_space is not None
-    assert manifest.header.label_space.labels == ("happy", "sad")
+    assert (a.emotion, a.subtitle(), a.split, a.peak_index) == ("happy", "Well, yes.", "train", 3)
+    assert a.described("multimodal") == ("She smiles.",)
+    assert a.described("audio_tone") == ("A bright voice.",)
+    assert a.described("visual_objective") == ("A broad smile.",)
+    assert (b.emotion, b.subtitle(), b.peak_index, b.descriptions) == ("sad", None, None, ())
+    space = manifest.header.space("x", "emotion")
+    assert space is not None
+    assert space.labels == ("happy", "sad")
+    assert report.is_clean
+
+
+def test_a_table_may_hold_several_kinds_of_labels(folder: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.tsv"
+    labels.write_bytes(
+        "file\temotion\tsentiment\tintent\r\na.mp4\tJoy\tpositive\tAgreeing\r\n"
+        "day1/b.mp4\t\tnegative\t\r\n".encode("utf-16")
+    )
+    manifest, _ = index_folder(
+        folder,
+        tmp_path / "c.parquet",
+        labels_csv=labels,
+        label_space=("sad", "joy"),
+        corpus="x",
+    )
+    a, b = manifest.records
+    assert (a.emotion, a.sentiment, a.intent) == ("joy", "positive", "agreeing")
+    assert (b.emotion, b.sentiment, b.intent) == (None, "negative", None)
+    spaces = {key: space.labels for key, space in manifest.header.label_spaces.items()}
+    assert spaces == {
+        "x/emotion": ("sad", "joy"),
+        "x/sentiment": ("negative", "positive"),
+        "x/intent": ("agreeing",),
+    }
 
 
 def test_rows_may_name_clips_by_uid(folder: Path, tmp_path: Path) -> None:
@@ -131,127 +149,6 @@ def test_nothing_to_index(tmp_path: Path) -> None:
         index_folder(tmp_path, tmp_path / "c.parquet")
 
 
-# --- the manifest itself
-
-EXAMPLE: dict[str, Any] = {
-    "uid": "meld/test_dia0_utt0",
-    "media": "video/test_dia0_utt0.mp4",
-    "clip": {
-        "sha256": "0f" * 32,
-        "n_bytes": 515198,
-        "duration_s": 6.166,
-        "has_video": True,
-        "has_audio": True,
-        "has_image": True,
-    },
-    "split": "test",
-    "subtitle": "Why do all you're coffee mugs have numbers on the bottom?",
-    "label": "surprise",
-    "description": None,
-    "peak_index": 12,
-    "audio_description": "A puzzled voice that rises.",
-    "image_description": None,
-}
-
-
-def test_a_hand_written_parquet_is_read(tmp_path: Path) -> None:
-    """As docs/manifest.md says, with pyarrow alone."""
-    header = {
-        "schema_version": 1,
-        "media_root": "media",
-        "label_space": {"name": "emotion", "labels": ["joy", "surprise"], "aliases": {}},
-    }
-    written = pa.Table.from_pylist([EXAMPLE]).replace_schema_metadata(
-        {"emocache": json.dumps(header)}
-    )
-    pq.write_table(written, tmp_path / "m.parquet")
-    manifest = read_manifest(tmp_path / "m.parquet")
-    assert manifest.records[0] == decode(Record, EXAMPLE, "example")
-    assert media_root(manifest, tmp_path / "m.parquet") == (tmp_path / "media").resolve()
-
-
-@pytest.mark.parametrize("n_left_out", [1, 2])
-def test_a_manifest_without_the_later_columns_reads_as_one_with_nulls(
-    tmp_path: Path, n_left_out: int
-) -> None:
-    later = ("image_description", "audio_description")
-    row = {name: value for name, value in EXAMPLE.items() if name not in later[:n_left_out]}
-    header = {
-        "schema_version": 1,
-        "media_root": ".",
-        "label_space": {"name": "emotion", "labels": ["joy", "surprise"], "aliases": {}},
-    }
-    written = pa.Table.from_pylist([row]).replace_schema_metadata({"emocache": json.dumps(header)})
-    pq.write_table(written, tmp_path / "m.parquet")
-    manifest = read_manifest(tmp_path / "m.parquet")
-    nulls = dict.fromkeys(later[:n_left_out])
-    assert manifest.records == (decode(Record, EXAMPLE | nulls, "example"),)
-    write_manifest(tmp_path / "again.parquet", manifest)
-    assert read_manifest(tmp_path / "again.parquet") == manifest
-    assert set(later) <= set(pq.read_schema(tmp_path / "again.parquet").names)
-
-
-def test_round_trip(tmp_path: Path) -> None:
-    bare = Record(uid="a/1", media="x.mp4", clip=Clip(sha256="00" * 32, n_bytes=0))
-    manifest = Manifest(
-        header=Header(
-            media_root="..", label_space=LabelSpace(name="emotion", labels=("joy", "surprise"))
-        ),
-        records=(decode(Record, EXAMPLE, "example"), bare),
-    )
-    write_manifest(tmp_path / "m.parquet", manifest)
-    assert read_manifest(tmp_path / "m.parquet") == manifest
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"label": "anger"}, r"label 'anger' is not in the label space.*Allowed: joy, surprise"),
-        (
-            {"media": "/etc/passwd"},
-            r"row 0 .*'media'.*must be a relative path inside the media root",
-        ),
-        ({"media": "../../x.mp4"}, r"must be a relative path"),
-        ({"clip": EXAMPLE["clip"] | {"sha256": "zz"}}, r"'clip.sha256'"),
-        ({"uid": ""}, r"'uid'"),
-    ],
-)
-def test_invalid_rows_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    header = {
-        "schema_version": 1,
-        "media_root": ".",
-        "label_space": {"name": "emotion", "labels": ["joy", "surprise"], "aliases": {}},
-    }
-    rows = pa.Table.from_pylist([EXAMPLE | change])
-    pq.write_table(
-        rows.replace_schema_metadata({"emocache": json.dumps(header)}), tmp_path / "m.parquet"
-    )
-    with pytest.raises(SchemaError, match=message):
-        read_manifest(tmp_path / "m.parquet")
-
-
-def test_what_is_not_a_manifest_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match=r"no such manifest file"):
-        read_manifest(tmp_path / "none.parquet")
-    (tmp_path / "text.parquet").write_text("text")
-    with pytest.raises(ManifestError, match=r"not a readable Parquet file"):
-        read_manifest(tmp_path / "text.parquet")
-    pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
-    with pytest.raises(ManifestError, match=r"not an emocache manifest"):
-        read_manifest(tmp_path / "other.parquet")
-    header = json.dumps({"media_root": "."})
-    few = pa.table({"uid": ["a"], "media": ["b"]}).replace_schema_metadata({"emocache": header})
-    pq.write_table(few, tmp_path / "few.parquet")
-    with pytest.raises(ManifestError, match=r"missing column clip, split"):
-        read_manifest(tmp_path / "few.parquet")
-
-
-def test_duplicate_uids_are_refused() -> None:
-    record = decode(Record, EXAMPLE | {"label": None}, "example")
-    with pytest.raises(SchemaError, match=r"duplicate uid 'meld/test_dia0_utt0'"):
-        decode(Manifest, {"header": {"media_root": "."}, "records": [record, record]}, "test")
-
-
 def test_a_link_out_of_the_media_root_is_refused(tmp_path: Path) -> None:
     root, outside = tmp_path / "root", tmp_path / "secret.mp4"
     root.mkdir()
@@ -262,24 +159,6 @@ def test_a_link_out_of_the_media_root_is_refused(tmp_path: Path) -> None:
         media_path(root, record)
     with pytest.raises(ManifestError, match=r"leaves the media root"):
         index_folder(root, tmp_path / "m.parquet")
-
-
-def test_an_unknown_split_names_those_that_exist() -> None:
-    record = decode(Record, EXAMPLE | {"label": None}, "example")
-    manifest = Manifest(header=Header(media_root="."), records=(record,))
-    with pytest.raises(
-        ManifestError, match=r"no record is in split 'tset'\. Did you mean 'test'\?"
-    ):
-        manifest.select("tset")
-
-
-def test_a_large_manifest_is_read_in_seconds(tmp_path: Path) -> None:
-    clip = Clip(sha256="00" * 32, n_bytes=1)
-    records = tuple(Record(uid=f"a/{i}", media=f"{i}.mp4", clip=clip) for i in range(20_000))
-    write_manifest(tmp_path / "m.parquet", Manifest(header=Header(media_root="."), records=records))
-    start = time.process_time()
-    assert len(read_manifest(tmp_path / "m.parquet")) == 20_000
-    assert time.process_time() - start < 20  # generous: it guards against a quadratic check
 
 
 def test_the_media_root_is_stored_relative_to_the_manifest(folder: Path, tmp_path: Path) -> None:

@@ -6,9 +6,7 @@ loaded.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -20,11 +18,11 @@ import numpy.typing as npt
 
 from cache.encoders import NAMED_ENCODERS, SAMPLE_RATE_HZ, VideoMaeEncoder
 from cache.errors import CheckpointError, EncoderError, MediaError, SchemaError, near_miss
-from cache.files import write_text_aside
 from cache.spec import TokenSpec
 from cache.views import VideoView
 from extract.config import Precision
 from extract.failures import Failure
+from extract.memo import Memo
 
 if TYPE_CHECKING:
     from extract.encoders.base import AudioEncoder, Encoder, PictureEncoder, Tokens, VideoEncoder
@@ -125,12 +123,15 @@ class EncoderBank:
         return self._paths[spec.spec_id]
 
     def _resolve(self, spec: TokenSpec, path: Path) -> TokenSpec:
-        memo = _DigestMemo(path, spec)
-        digest = memo.read()
-        if digest is None:
+        # A second run then need not read gigabytes to learn that there is nothing to do.
+        memo, key = Memo("weights.json"), _memo_key(path, spec)
+        digest = memo.get(key) if key is not None else None
+        if not isinstance(digest, str):
             digest = self._load(spec, path).spec.weights_sha256
             assert digest is not None
-            memo.write(digest)
+            if key is not None:
+                memo.put(key, digest)
+                memo.save()
         wanted = spec.encoder.weights_sha256
         if wanted not in (None, digest):
             raise CheckpointError(
@@ -337,43 +338,10 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-class _DigestMemo:
-    """Remembers a checkpoint's digest by path, size and time of change.
-
-    A second run then need not read gigabytes to learn that there is nothing to do. Losing the memo
-    costs time only.
-    """
-
-    def __init__(self, path: Path, spec: TokenSpec) -> None:
-        self._file = _cache_home() / "emocache" / "weights.json"
-        encoder = spec.encoder.model_copy(update={"weights_sha256": None})
-        stamps = []
-        files = sorted(path.glob("*")) if path.is_dir() else [path] if path.exists() else []
-        for file in files:
-            stat = file.stat()
-            stamps.append(f"{file}:{stat.st_size}:{stat.st_mtime_ns}")
-        self._key = encoder.model_dump_json() + "|" + "|".join(stamps) if stamps else None
-
-    def _read_all(self) -> dict[str, Any]:
-        try:
-            found = json.loads(self._file.read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
-
-    def read(self) -> str | None:
-        found = self._read_all().get(self._key or "")
-        return found if isinstance(found, str) else None
-
-    def write(self, digest: str) -> None:
-        if self._key is None:
-            return
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_text_aside(self._file, json.dumps({**self._read_all(), self._key: digest}))
-        except OSError:  # a read-only home: the next run reads the checkpoint again
-            return
-
-
-def _cache_home() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def _memo_key(path: Path, spec: TokenSpec) -> str | None:
+    """Return what a checkpoint's digest depends on: the network, and its files as they are now."""
+    files = sorted(path.glob("*")) if path.is_dir() else [path] if path.exists() else []
+    stats = [(file, file.stat()) for file in files]
+    stamps = [f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats]
+    encoder = spec.encoder.model_copy(update={"weights_sha256": None})
+    return "|".join([encoder.model_dump_json(), *stamps]) if stamps else None
