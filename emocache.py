@@ -14,8 +14,10 @@ import typer
 from rich.logging import RichHandler
 from typer.core import TyperGroup
 
-from eval.console import DONE, FINDINGS, REFUSED, err, out, verb
+from eval.annotate_verbs import annotate_app, annotate_worker_command
+from eval.console import DONE, REFUSED, err, out, verb
 from eval.extract_verbs import extract_app, extract_worker_command
+from eval.index_verbs import index_command
 from eval.store_verbs import store_app
 from eval.train_verbs import (
     ManifestOption,
@@ -28,8 +30,8 @@ from eval.train_verbs import (
 
 logger = logging.getLogger("emocache")
 VERBS = (
-    "index", "extract", "extract-worker", "store", "train", "import-checkpoint", "show", "evaluate",
-    "demo",
+    "index", "annotate", "annotate-worker", "extract", "extract-worker", "store", "train",
+    "import-checkpoint", "show", "evaluate", "demo",
 )  # fmt: skip
 """In the order of the work; `emocache --help` shows them so."""
 
@@ -48,8 +50,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Encode emotion clips once, then train and ablate from the cache.",
 )
+app.command("index")(index_command)
 app.add_typer(extract_app, name="extract")
 app.command("extract-worker")(extract_worker_command)
+app.add_typer(annotate_app, name="annotate")
+app.command("annotate-worker")(annotate_worker_command)
 app.add_typer(store_app, name="store")
 app.command("train")(train_command)
 app.command("import-checkpoint")(import_checkpoint_command)
@@ -62,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler = RichHandler(console=err, show_time=False, show_path=False)
     handler.addFilter(_is_for_the_terminal)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
-    for noisy in ("httpx", "transformers", "numexpr", "absl"):
+    for noisy in ("httpx", "httpx2", "openai", "transformers", "numexpr", "absl"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # peft still asks transformers 5 by an old name; users can do nothing about it.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
@@ -87,50 +92,6 @@ def _is_for_the_terminal(record: logging.LogRecord) -> bool:
 def run() -> None:
     """Entry point of the console script."""
     sys.exit(main())
-
-
-@app.command("index")
-@verb
-def index_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of media files.")],
-    out_file: Annotated[Path, typer.Option("--out", help="Manifest to write (.parquet).")],
-    labels: Annotated[
-        Path | None,
-        typer.Option(help="CSV with file or uid, and label, subtitle, split, description."),
-    ] = None,
-    label_space: Annotated[
-        str, typer.Option(help="Allowed labels in native order, comma-separated.")
-    ] = "",
-    corpus: Annotated[
-        str | None, typer.Option(help="First part of every uid; default the folder's name.")
-    ] = None,
-) -> int:
-    """Make a manifest of a folder of media files."""
-    from cache.manifest import write_manifest
-    from eval.progress import progress_bar
-    from extract.index import index_folder
-
-    given = [label for label in label_space.split(",") if label.strip()]
-    with progress_bar(err, "indexing", 0, "files") as bar:
-        manifest, report = index_folder(
-            folder,
-            out_file,
-            labels_csv=labels,
-            label_space=given,
-            corpus=corpus,
-            on_file=lambda _: bar.advance(),
-        )
-    write_manifest(out_file, manifest)
-    for line in report.suspicious:
-        err.print(f"not readable as media, extraction will mark it failed: {line}", markup=False)
-    for line in report.left_out:
-        err.print(f"left out: {line}", markup=False)
-    splits = ", ".join(f"{name or 'no split'} {n}" for name, n in manifest.splits.items())
-    out.print(f"{len(manifest)} records ({splits}) in {out_file}", highlight=False)
-    space = manifest.header.label_space
-    if space is not None:
-        out.print(f"labels: {', '.join(space.labels)}", highlight=False)
-    return FINDINGS if report.left_out or report.suspicious else DONE
 
 
 @app.command("show")
@@ -166,7 +127,12 @@ def evaluate_command(
     store: StoreOption,
     overrides: Overrides = None,
     split: Annotated[str, typer.Option(help="Which records to score.")] = "test",
-    task: Annotated[str, typer.Option(help="emotion, or think for reasoning too.")] = "emotion",
+    task: Annotated[
+        str,
+        typer.Option(
+            help="emotion, sentiment, intent or multi-label; think, think-sentiment, ... for reasoning too."
+        ),
+    ] = "emotion",
     mask: Annotated[
         list[str] | None,
         typer.Option(help="Score also without: audio, video, image or picture. Repeatable."),
@@ -209,7 +175,7 @@ def evaluate_command(
             weights=one_of_these("--weights", weights, ("final", "best")),
         )
     out.print(score_table(result.rows))
-    for path in (result.predictions, result.report_html, result.report_md):
+    for path in (result.predictions, *result.reports, result.report_md):
         out.print(str(path), highlight=False, soft_wrap=True)
     return DONE
 

@@ -149,8 +149,8 @@ class WorkOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Where the workers run, and what is said before and after."""
+class PlanOptions:
+    """What is said before."""
 
     plan: Annotated[
         bool,
@@ -178,6 +178,11 @@ class RunOptions:
             rich_help_panel=_WORK,
         ),
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFlags:
+    """Where the workers run."""
 
     engine: Annotated[
         str,
@@ -275,6 +280,11 @@ class RunOptions:
         Path | None,
         typer.Option(help="Folder of the workers' logs.", rich_help_panel=_ENGINE),
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(EngineFlags, PlanOptions):
+    """Where the workers run, and what is said before and after."""
 
     report: Annotated[
         Path | None,

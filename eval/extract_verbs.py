@@ -24,7 +24,7 @@ from cache.errors import (
     near_miss,
 )
 from eval.console import DONE, FINDINGS, err, out, verb
-from eval.extract_options import RunOptions, WorkerOptions, WorkOptions, takes
+from eval.extract_options import EngineFlags, RunOptions, WorkerOptions, WorkOptions, takes
 
 if TYPE_CHECKING:
     from cache.clip import Record
@@ -123,7 +123,7 @@ PriceOption = Annotated[
 @takes(WorkOptions, RunOptions)
 def extract_command(work: WorkOptions, run: RunOptions) -> int:
     """Decode and encode every clip that the store does not hold yet; run again to continue."""
-    engine = _engine_options(run, work.device)
+    engine = engine_options(run, work.device)
     prepared = _prepare(work)
     if run.plan or run.dry_run:
         _print_plan(prepared, work, run, engine)
@@ -139,7 +139,7 @@ def extract_worker_command(work: WorkOptions, own: WorkerOptions) -> int:
     """Be one worker of an extraction: for job arrays, in any number, started and ended at any time."""
     from extract.workers.worker import work as work_on
 
-    drain_after_s = _drain_after_s(own.walltime)
+    drain_after_s = drain_after_s_of(own.walltime)
     prepared = _prepare(work)
     if not prepared.plan.units:
         return _nothing_to_do(prepared.plan, work.store)
@@ -263,7 +263,7 @@ def _check_media(prepared: _Prepared) -> MediaSource:
     return source
 
 
-def _engine_options(run: RunOptions, device: str) -> EngineOptions:
+def engine_options(run: EngineFlags, device: str) -> EngineOptions:
     """Return where workers shall run.
 
     Raises:
@@ -321,7 +321,7 @@ def _decoders(device: str, n_here: int, n_cores: int | None = None) -> int:
     return max(1, (n_cores or cores_here() // n_here) - 1)
 
 
-def _drain_after_s(walltime: str | None) -> float | None:
+def drain_after_s_of(walltime: str | None) -> float | None:
     """Return when a worker begins to finish up, so that it ends within its walltime.
 
     Raises:

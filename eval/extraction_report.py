@@ -17,7 +17,7 @@ from cache.files import write_text_aside
 from eval.progress import human_time
 from eval.report import excerpt, human_size, number
 from eval.tables import MEANINGS
-from extract.failures import FailureKind
+from extract.failures import AnyKind
 from extract.summary import JobSummary, WorkerSummary
 
 REPORT_HTML: Final = "report.html"
@@ -107,7 +107,7 @@ class Stages(NamedTuple):
 class FailureRow(NamedTuple):
     """Failed clips of one kind."""
 
-    kind: FailureKind
+    kind: AnyKind
     meaning: str
     n_clips: int
     examples: list[tuple[str, str, str]]

@@ -17,7 +17,7 @@ from cache.spec import TokenSpec
 from cache.store import TokenStore
 from eval.progress import human_time
 from eval.report import human_size
-from extract.failures import TRANSIENT, FailureKind
+from extract.failures import TRANSIENT, AnyKind
 from extract.plan import NEVER, OTHER_SPEC, RETRY, Plan
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from extract.recheck import Recheck
     from extract.summary import FailedClip, WorkerSummary
 
-MEANINGS: dict[FailureKind, str] = {
+MEANINGS: dict[AnyKind, str] = {
     "missing": "there is no such file",
     "unreadable": "the file is there, but reading it fails",
     "changed": "the file holds other bytes than were indexed",

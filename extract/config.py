@@ -20,34 +20,60 @@ GPU_BATCH_TOKENS = 32_768
 """Tokens of a batch on a GPU: 21 clips of 30 s sound, or 8 clips of 16 frames."""
 
 
-class WorkerConfig(Model):
-    """Everything that a worker needs; paths are absolute.
+Work = Literal["tokens", "annotation"]
+"""What a job makes: tokens of a store, or descriptions of a manifest's records."""
+
+
+class LoopConfig(Model):
+    """What every worker loop is told, whatever its work is; paths are absolute."""
+
+    work: Work
+    store: str
+    """Where the job is: a token store, or the work folder of an annotation."""
+    manifest: str
+    media_root: str
+    """Folder, or URL that fsspec understands."""
+    job_id: str
+    generation: int
+    session: str
+    """One start of `emocache extract` or `emocache annotate`; a request to stop reaches its workers
+    alone."""
+    engine: str = "inline"
+    device: str = "cpu"
+    n_decoders: int = Field(default=1, gt=0)
+    """Processes or threads that work on media."""
+    n_threads: int | None = Field(default=None, gt=0)
+    """Threads of the encoders on a CPU; None: the cores that the decoders leave."""
+    heartbeat_s: float = Field(default=10.0, gt=0)
+    lease_timeout_s: float = Field(default=120.0, gt=0)
+    """Age of the last heartbeat at which a worker counts as dead."""
+    drain_after_s: float | None = Field(default=None, gt=0)
+    """Time after its start at which a worker finishes up, ahead of its walltime."""
+    max_failure_share: float = Field(default=0.5, gt=0, le=1)
+    """Share of failed clips among the latest at which the run stops."""
+    log_dir: str | None = None
+
+    @property
+    def threads(self) -> int:
+        """Threads of the encoders on a CPU."""
+        return self.n_threads or max(1, n_cores() - self.n_decoders)
+
+
+class WorkerConfig(LoopConfig):
+    """Everything that a worker that encodes needs.
 
     Nothing here changes a stored number but for rounding (`device`, `precision`, `batch_tokens`).
     """
 
-    store: str
-    manifest: str
-    media_root: str
-    """Folder, or URL that fsspec understands."""
+    work: Literal["tokens"] = "tokens"
     specs: tuple[TokenSpec, ...]
     """Resolved."""
     weights: dict[str, str]
     """spec_id -> checkpoint."""
-    job_id: str
-    generation: int
-    session: str
-    """One start of `emocache extract`; a request to stop reaches its workers alone."""
-    engine: str = "inline"
-    device: str = "cpu"
     precision: Precision = "float32"
     compile: bool = False
     single_committer: bool = False
 
-    n_decoders: int = Field(default=1, gt=0)
-    """Decoder processes."""
-    n_threads: int | None = Field(default=None, gt=0)
-    """Threads of the encoders on a CPU; None: the cores that the decoders leave."""
     deadline_s: float = Field(default=120.0, gt=0)
     """Longest time for decoding one clip."""
     memory_bytes: int = Field(default=2 << 30, gt=0)
@@ -59,15 +85,6 @@ class WorkerConfig(Model):
     picture_decoder: Literal["auto", "pyav"] = "auto"
     batch_tokens: int | None = Field(default=None, gt=0)
     """Most encoder tokens in one batch; None: a default for the device."""
-
-    heartbeat_s: float = Field(default=10.0, gt=0)
-    lease_timeout_s: float = Field(default=120.0, gt=0)
-    """Age of the last heartbeat at which a worker counts as dead."""
-    drain_after_s: float | None = Field(default=None, gt=0)
-    """Time after its start at which a worker finishes up, ahead of its walltime."""
-    max_failure_share: float = Field(default=0.5, gt=0, le=1)
-    """Share of failed clips among the latest at which the run stops."""
-    log_dir: str | None = None
     decoder_command: tuple[str, ...] | None = None
     """Program of the decoder processes; None: the one of this Python."""
 
@@ -77,11 +94,6 @@ class WorkerConfig(Model):
         if self.batch_tokens is not None:
             return self.batch_tokens
         return CPU_BATCH_TOKENS if self.device == "cpu" else GPU_BATCH_TOKENS
-
-    @property
-    def threads(self) -> int:
-        """Threads of the encoders on a CPU."""
-        return self.n_threads or max(1, n_cores() - self.n_decoders)
 
 
 def n_cores() -> int:

@@ -37,6 +37,21 @@ FailureKind = Literal[
 
 KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 
+AnswerKind = Literal["refused", "empty", "invalid", "truncated", "unanswered"]
+"""What went wrong with a model's answer, in annotation.
+
+- `refused`: the model, or a content filter, declined.
+- `empty`: nothing but white space came.
+- `invalid`: the answer does not fit its schema, a repeated request included.
+- `truncated`: it ended at the token limit.
+- `unanswered`: the endpoint gave no answer to this question, however often it was asked.
+"""
+
+ANSWER_KINDS: tuple[AnswerKind, ...] = get_args(AnswerKind)
+
+AnyKind = FailureKind | AnswerKind
+"""Why a stream has no tokens, or why a step of an annotation has no text."""
+
 TRANSIENT: frozenset[FailureKind] = frozenset({"missing", "unreadable", "hang", "memory", "crash"})
 """Kinds that may pass: another machine, another day, and the clip is encoded."""
 
@@ -68,7 +83,7 @@ class Evidence(Model):
     """Token key of the record."""
     uid: str
     media: str
-    kind: FailureKind
+    kind: AnyKind
     message: str
     attempts: int
     """How often decoding was tried."""
@@ -93,7 +108,7 @@ class _Diagnosis:
     cure: str
 
 
-_DIAGNOSES: dict[FailureKind, _Diagnosis] = {
+_DIAGNOSES: dict[AnyKind, _Diagnosis] = {
     "missing": _Diagnosis(
         "are not there",
         "Is the disk mounted? Give the folder that the manifest's media paths start from with "
@@ -134,6 +149,26 @@ _DIAGNOSES: dict[FailureKind, _Diagnosis] = {
         "failed in a way that nobody foresaw",
         "The log names the exceptions; this is likely an error of the installation or of emocache.",
     ),
+    "refused": _Diagnosis(
+        "were refused by the model or its content filter",
+        "Use another model, or other words in the prompts.",
+    ),
+    "empty": _Diagnosis(
+        "got blank answers",
+        "Does the model fit its role? Try it by hand with one clip.",
+    ),
+    "invalid": _Diagnosis(
+        "got answers that do not fit the schema",
+        "Use a model or server that can answer in JSON of a given schema.",
+    ),
+    "truncated": _Diagnosis(
+        "got answers that were cut at the token limit",
+        "Raise the role's max_tokens, or ask for shorter answers in the prompts.",
+    ),
+    "unanswered": _Diagnosis(
+        "got no answer from the endpoint",
+        "Is the server overloaded, or the request too long for the model?",
+    ),
 }
 
 
@@ -153,9 +188,9 @@ class FailureRate:
         """
         self._max_share = max_share
         self._least = least
-        self._latest: deque[tuple[FailureKind, str] | None] = deque(maxlen=window)
+        self._latest: deque[tuple[AnyKind, str] | None] = deque(maxlen=window)
 
-    def add(self, kind: FailureKind | None, media: str = "") -> None:
+    def add(self, kind: AnyKind | None, media: str = "") -> None:
         """Note how the next clip ended.
 
         Args:
@@ -171,7 +206,7 @@ class FailureRate:
         if len(failed) >= self._least and len(failed) > self._max_share * len(self._latest):
             raise ExtractionStopped(self._diagnose(failed))
 
-    def _diagnose(self, failed: list[tuple[FailureKind, str]]) -> str:
+    def _diagnose(self, failed: list[tuple[AnyKind, str]]) -> str:
         [(kind, n)] = Counter(kind for kind, _ in failed).most_common(1)
         example = next((media for found, media in failed if found == kind and media), "")
         diagnosis = _DIAGNOSES[kind]

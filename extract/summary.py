@@ -13,7 +13,7 @@ from pydantic import Field
 
 from cache.commit import Status
 from cache.schema import Model
-from extract.failures import KINDS, Evidence, FailureKind, kind_of
+from extract.failures import KINDS, AnyKind, Evidence, FailureKind, kind_of
 from extract.jobs.job import Job, Receipt, ReceiptFailure
 from extract.jobs.session import LEASE_TIMEOUT_S, StageSeconds, WorkerState
 from extract.plan import unique_labels
@@ -54,6 +54,8 @@ class WorkerSummary(Model):
     seconds: StageSeconds
     gpu_busy: float | None
     """Share of time, 0 to 1; None if it is not known."""
+    usage: dict[str, float] = Field(default_factory=dict)
+    """What it used up of endpoints, by role and measure."""
 
     @property
     def lifetime_s(self) -> float:
@@ -99,7 +101,7 @@ class JobSummary(Model):
     """Spec label -> clips by status."""
     n_failed: int
     """Clips of which at least one stream failed."""
-    failed_by_kind: dict[FailureKind, int]
+    failed_by_kind: dict[AnyKind, int]
     """Clips by the kind of their failure; one that failed in two ways counts under both."""
     failures: tuple[ReceiptFailure, ...]
     remarks: tuple[tuple[str, str, str], ...]
@@ -257,6 +259,7 @@ def _worker(state: WorkerState, *, is_alive: bool) -> WorkerSummary:
         n_failed=state.n_failed,
         seconds=state.seconds,
         gpu_busy=state.gpu_busy,
+        usage=state.usage,
     )
 
 
@@ -323,7 +326,7 @@ class Progress(Model):
     """Of them, those that are encoded, also in units that are not finished yet."""
     n_failed: int
     """Clips, units in progress included."""
-    failed_by_kind: dict[FailureKind, int]
+    failed_by_kind: dict[AnyKind, int]
     """As far as receipts tell: those of units in progress come later."""
     clips_per_s: float
     """Over the last minute; at the first look, the sum of what living workers did over their lives."""
@@ -419,7 +422,7 @@ def _clips_done(
     return min(n_clips, sum(len(unit.rows) for unit in job.plan.units)), n_failed
 
 
-def _failed_by_kind(receipts: Iterable[Receipt]) -> dict[FailureKind, int]:
+def _failed_by_kind(receipts: Iterable[Receipt]) -> dict[AnyKind, int]:
     """Return how many clips failed, by kind, the most frequent first."""
     found = {(f.kind, f.uid) for receipt in receipts for f in receipt.failures}
     return dict(Counter(kind for kind, _ in sorted(found)).most_common())
@@ -504,7 +507,7 @@ def _names(
 ) -> dict[str, tuple[str | None, str | None, str]]:
     """Return token key -> (uid, media path, digest of the clip)."""
     return {
-        record.token_key(spec): (record.uid, record.media, record.clip.sha256)
+        record.token_key(spec): (record.uid, record.media, record.sha256)
         for record in records or ()
         for spec in store.specs.values()
     }

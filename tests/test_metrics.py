@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.errors import MissingDependencyError, PredictionError
-from eval.metrics import SingleLabelScores, score_single_label
+from eval.metrics import SingleLabelScores, score_multi_label, score_single_label
 
 LABELS = ["angry", "happy", "neutral", "sad"]
 
@@ -167,3 +167,54 @@ def test_a_missing_scikit_learn_names_the_extra(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'emocache\[eval\]'"):
         score_single_label(["sad"], ["sad"], LABELS)
+
+
+def test_scores_of_several_labels_by_hand() -> None:
+    # Truths and replies of five clips over a, b, c; the fourth has no truth, and enters nothing.
+    truths = [("a",), ("a", "b"), ("b",), (), ("a",)]
+    replies = [("a",), ("a",), ("b", "c"), ("c",), ("a",)]
+    unread = [(), (), (), (), ("odd",)]
+    found = score_multi_label(truths, replies, ("a", "b", "c"), ["exact"] * 5, unread)
+    # Right sets: the first alone; the last names a word that is no label.
+    assert found.accuracy == 1 / 4
+    # a: 3 of 3, b: precision 1/1, recall 1/2, c: 0 of 1, never true.
+    assert [(c.precision, c.recall, c.support) for c in found.per_class] == [
+        (1, 1, 3), (1, 0.5, 2), (0, 0, 0),
+    ]  # fmt: skip
+    f1_b = 2 * 1 * 0.5 / 1.5
+    assert found.macro_f1 == pytest.approx((1 + f1_b) / 2)
+    assert found.weighted_f1 == pytest.approx((3 * 1 + 2 * f1_b) / 5)
+    assert found.uar == pytest.approx((1 + 0.5) / 2)
+    # All pairs: 4 right, 1 too many, 1 missing.
+    assert found.micro_f1 == pytest.approx(2 * 4 / (2 * 4 + 1 + 1))
+    assert (found.n_offered, found.n_scored, found.n_partly) == (5, 4, 1)
+    assert (found.commonest, found.commonest_share) == (("a",), 0.5)
+
+
+def test_replies_of_several_labels_without_any_are_counted() -> None:
+    found = score_multi_label(
+        [("b", "a")] * 3,
+        [(), (), ("a", "b")],
+        ("a", "b"),
+        ["off_list", "empty", "tag"],
+        [("x",), (), ()],
+    )
+    assert (found.n_off_list, found.n_empty, found.n_partly) == (1, 1, 0)
+    assert found.accuracy == pytest.approx(1 / 3)
+    assert found.commonest == ("a", "b"), "in the order of the space"
+
+
+@pytest.mark.parametrize(
+    ("truths", "replies", "message"),
+    [
+        ([("a",)], [("x",)], "predicted label 'x' .* not in the label space a, b"),
+        ([("bb",)], [("a",)], "true label 'bb' .*Did you mean 'b'"),
+        ([()], [("a",)], "none of 1 replies has a true label"),
+        ([("a",), ("a",)], [("a",)], r"lengths \[1, 2\] differ"),
+    ],
+)
+def test_several_labels_that_cannot_be_scored(
+    truths: list[tuple[str, ...]], replies: list[tuple[str, ...]], message: str
+) -> None:
+    with pytest.raises(PredictionError, match=message):
+        score_multi_label(truths, replies, ("a", "b"), ["exact"], [()])

@@ -22,8 +22,7 @@ from distributed.utils import sync
 from cache import errors
 from cache.errors import EmocacheError, EncoderError
 from cache.schema import Model, decode_json
-from extract.config import WorkerConfig
-from extract.workers import drain
+from extract.workers import drain, loop
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -64,14 +63,14 @@ def run_loop(config_json: str, walltime_s: float | None, rank_by_name: bool) -> 
     """Run one worker loop in this Dask worker.
 
     Args:
-        config_json: A `WorkerConfig`, whose `drain_after_s` counts from the start of the job.
+        config_json: A `LoopConfig` of some kind, whose `drain_after_s` counts from the start of the job.
         walltime_s: Of the job that this worker runs in; None if it may stay.
         rank_by_name: The worker's name is its number on this machine.
 
     Returns:
         A `LoopEnd` as JSON.
     """
-    config = decode_json(WorkerConfig, config_json, "the worker's configuration")
+    config = loop.read_config(config_json)
     drain_after_s = config.drain_after_s
     left_s = time_left_s(walltime_s, drain_after_s)
     if left_s is not None:
@@ -83,9 +82,8 @@ def run_loop(config_json: str, walltime_s: float | None, rank_by_name: bool) -> 
     rank = int(get_worker().name) if rank_by_name else 0
     try:
         from extract.jobs.session import WorkerState
-        from extract.workers import worker
 
-        answer = worker.work(config.model_dump_json(), rank)
+        answer = loop.work(config.model_dump_json(), rank)
         state = decode_json(WorkerState, answer, "the worker's answer")
     except EncoderError as error:
         return _failed(error, must_stop=False)

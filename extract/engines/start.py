@@ -1,7 +1,7 @@
-"""Where an extraction runs: in this process, in processes of this machine, on a cluster.
+"""Where an extraction or an annotation runs: in this process, in processes of this machine, on a cluster.
 
-Every engine does the same: it starts worker loops (`extract.workers.worker.work`) and watches over
-them. Which clips a loop encodes is settled between the loops, through leases in the store. So engines
+Every engine does the same: it starts worker loops (`extract.workers.loop.work`) and watches over
+them. Which clips a loop takes is settled between the loops, through leases in the store. So engines
 can be mixed, changed in mid-run and killed, and losing a worker costs the batch that it had in hand.
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache.errors import MissingDependencyError, SchemaError
 from cache.schema import decode_json
-from extract.config import WorkerConfig, n_cores
+from extract.config import LoopConfig, n_cores
 from extract.engines.options import (
     BATCH_KINDS,
     MARGIN_S,
@@ -33,7 +33,7 @@ _UNIT_S = 60.0
 """Guess for the time of a unit while none is done."""
 
 
-def job_script(options: EngineOptions, config: WorkerConfig) -> str:
+def job_script(options: EngineOptions, config: LoopConfig) -> str:
     """Return the job script that would be submitted for one worker. Nothing is started.
 
     Raises:
@@ -51,7 +51,7 @@ def job_script(options: EngineOptions, config: WorkerConfig) -> str:
 
 def run_engine(
     options: EngineOptions,
-    config: WorkerConfig,
+    config: LoopConfig,
     job: Job,
     on_tick: Callable[[EngineState], None] = lambda state: None,
 ) -> EngineState:
@@ -90,7 +90,7 @@ def run_engine(
 # ---------------------------------------------------------------------------- before the start
 
 
-def _with_logs(options: EngineOptions, config: WorkerConfig) -> EngineOptions:
+def _with_logs(options: EngineOptions, config: LoopConfig) -> EngineOptions:
     if options.log_dir is None and config.log_dir is not None:
         return options.model_copy(update={"log_dir": Path(config.log_dir)})
     return options
@@ -117,9 +117,7 @@ def _walltime_s(options: EngineOptions) -> float | None:
     return walltime_of(options)
 
 
-def _check(
-    options: EngineOptions, config: WorkerConfig, job: Job, walltime_s: float | None
-) -> None:
+def _check(options: EngineOptions, config: LoopConfig, job: Job, walltime_s: float | None) -> None:
     """Refuse what cannot work before anything waits in a queue for it."""
     on_gpu = config.device.startswith("cuda")
     if options.gpus_per_worker and not on_gpu:
@@ -155,8 +153,8 @@ def _minutes(seconds: float) -> int:
 
 
 def _for_workers(
-    options: EngineOptions, config: WorkerConfig, walltime_s: float | None
-) -> WorkerConfig:
+    options: EngineOptions, config: LoopConfig, walltime_s: float | None
+) -> LoopConfig:
     changes: dict[str, Any] = {"engine": options.kind}
     if options.log_dir is not None:
         changes["log_dir"] = str(options.log_dir)
@@ -174,10 +172,10 @@ def _for_workers(
 
 
 def _run_inline(
-    options: EngineOptions, config: WorkerConfig, on_tick: Callable[[EngineState], None]
+    options: EngineOptions, config: LoopConfig, on_tick: Callable[[EngineState], None]
 ) -> EngineState:
     from extract.jobs.session import WorkerState
-    from extract.workers import worker
+    from extract.workers import loop
 
     log = log_note(options, config.session)
     state = EngineState("inline", 1, 1, notes=(log,) if log else ())
@@ -191,7 +189,7 @@ def _run_inline(
     ticker = threading.Thread(target=tick, name="engine-tick", daemon=True)
     ticker.start()
     try:
-        answer = worker.work(config.model_dump_json())
+        answer = loop.work(config.model_dump_json())
     finally:
         ended.set()
         ticker.join()

@@ -19,7 +19,7 @@ from distributed import Client, Future
 
 from cache.errors import EmocacheError, ExtractionStopped, StoreError
 from cache.schema import decode_json
-from extract.config import WorkerConfig
+from extract.config import LoopConfig
 from extract.engines.clusters import Fleet, open_fleet
 from extract.engines.job_scripts import dask_settings
 from extract.engines.loops import LoopEnd, drain_loops, identity, leave, run_loop
@@ -47,7 +47,7 @@ _MAX_STORE_FAILURES = 5
 
 def supervise(
     options: EngineOptions,
-    config: WorkerConfig,
+    config: LoopConfig,
     job: Job,
     on_tick: Callable[[EngineState], None],
 ) -> EngineState:
@@ -86,7 +86,7 @@ class _Supervisor:
     def __init__(
         self,
         options: EngineOptions,
-        config: WorkerConfig,
+        config: LoopConfig,
         job: Job,
         fleet: Fleet,
         interrupts: Interrupts,

@@ -39,7 +39,7 @@ def suspects(job: Job, claim: Claim, records: Sequence[Record]) -> Suspects:
     """Give the clips strikes with which the unit's last holder died, and count all their strikes."""
     if not claim.attempt:
         return Suspects()
-    clips = {record.clip.sha256 for record in records}
+    clips = {record.sha256 for record in records}
     if claim.predecessor is not None:
         dead = claim.predecessor
         job.strike(clips.intersection(dead.encoding), dead.worker_id, alone=dead.encoding_alone)
@@ -59,7 +59,7 @@ def quarantine(record: Record) -> DecodeFailure:
 def evidence(record: Record, found: DecodeFailure, worker: WorkerState) -> Evidence:
     """Return what is known of a failed clip."""
     return Evidence(
-        key=record.clip.sha256,
+        key=record.sha256,
         uid=record.uid,
         media=record.media,
         kind=found.failure.kind,

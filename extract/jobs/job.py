@@ -1,6 +1,6 @@
-"""An extraction job: how any number of workers share one plan through nothing but the store.
+"""A job: how any number of workers share one plan, of extraction or annotation, through the store alone.
 
-A plan's units are written down once; each worker claims a unit, encodes and commits what is missing
+A plan's units are written down once; each worker claims a unit, makes and commits what is missing
 of it, and leaves a receipt. Workers may come and go, be killed, and belong to different engines: they
 know of one another only what stands in the store. All of it coordinates and reports; what is encoded,
 the commit records alone say, and a job's folder may be removed at any time when no worker runs.
@@ -40,7 +40,8 @@ from cache.lifecycle import storage_time_s
 from cache.schema import Model, canonical_json
 from cache.spec import Stream, TokenSpec
 from cache.storage import Storage, exists
-from extract.failures import Evidence, FailureKind
+from extract.config import Work
+from extract.failures import AnyKind, Evidence
 from extract.jobs.lease import Claim, Leases, done_units, receipt_key, receipt_names
 from extract.jobs.session import (
     LEASE_TIMEOUT_S,
@@ -71,8 +72,9 @@ class PlannedUnit(Model):
 
     rows: tuple[int, ...] = Field(min_length=1)
     """Into the manifest's records."""
-    specs: tuple[int, ...] = Field(min_length=1)
-    """Into `PlanDocument.specs`: those that some clip lacked when the plan was made."""
+    specs: tuple[int, ...] = ()
+    """Into `PlanDocument.specs`: those that some clip lacked when the plan was made; none where the
+    work is no encoding."""
 
 
 class PlanDocument(Model):
@@ -81,11 +83,13 @@ class PlanDocument(Model):
     schema_version: Literal[1] = 1
     created: str
     """UTC, ISO 8601, by the clock of the planning machine. For people, and for the order of jobs."""
-    specs: tuple[TokenSpec, ...]
+    work: Work = "tokens"
+    specs: tuple[TokenSpec, ...] = ()
+    """What is encoded; none where the work is no encoding."""
     n_records: int = Field(ge=0)
     """Of the manifest."""
     units: tuple[PlannedUnit, ...] = Field(min_length=1)
-    retry: tuple[FailureKind, ...] = ()
+    retry: tuple[AnyKind, ...] = ()
     """Failed clips of these kinds are tried again."""
     unit_clips: int = Field(ge=1)
     """Most clips of a unit."""
@@ -95,18 +99,22 @@ class PlanDocument(Model):
         for number, unit in enumerate(self.units):
             if min(unit.rows) < 0 or max(unit.rows) >= self.n_records:
                 raise ValueError(f"unit {number} names rows outside the {self.n_records} records")
-            if min(unit.specs) < 0 or max(unit.specs) >= len(self.specs):
+            if bool(unit.specs) != (self.work == "tokens"):
+                raise ValueError(
+                    f"unit {number} names {len(unit.specs)} specs in a plan of {self.work}"
+                )
+            if any(not 0 <= spec < len(self.specs) for spec in unit.specs):
                 raise ValueError(f"unit {number} names specs outside the {len(self.specs)} specs")
         return self
 
 
 class ReceiptFailure(Model):
-    """One stream of one clip that failed."""
+    """One stream of one clip that failed, or one step of its annotation."""
 
     uid: str
     key: str
-    stream: Stream
-    kind: FailureKind
+    stream: str
+    kind: AnyKind
     reason: str
 
 
@@ -124,7 +132,7 @@ class Receipt(Model):
     partial: bool = False
     """The worker gave the unit back; another does the rest."""
     counts: dict[str, dict[Status, int]] = Field(default_factory=dict)
-    """Spec label -> status -> clips that this worker committed."""
+    """Spec label, or step of an annotation -> status -> clips that this worker committed."""
     failures: tuple[ReceiptFailure, ...] = ()
     remarks: tuple[tuple[str, Stream, str], ...] = ()
     """(uid, stream, damage that decoding passed over)"""
@@ -148,7 +156,7 @@ class Strikes:
 
 
 def job_id(
-    records: Iterable[Record], specs: Iterable[TokenSpec], retry: Iterable[FailureKind] = ()
+    records: Iterable[Record], specs: Iterable[TokenSpec], retry: Iterable[AnyKind] = ()
 ) -> str:
     """Return the identity of a job: 16 hexadecimal digits of its inputs, equal on every machine."""
     by_id = {spec.spec_id: spec for spec in specs}
@@ -198,7 +206,7 @@ class Job:
             except FileNotFoundError:
                 raise StoreError(
                     f"{storage.url}: holds no plan of job {job_id}, generation {generation}. Start it with "
-                    "`emocache extract`, or give the store in which it was started."
+                    "`emocache extract` or `emocache annotate`, or give the place in which it was started."
                 ) from None
         return cls(storage, job_id, generation, plan, joined=True)
 
@@ -493,9 +501,9 @@ def _read_plan(storage: Storage, job_id: str, generation: int) -> PlanDocument:
                 f"{PLAN_VERSION}. Update emocache; nothing was changed."
             ) from None
         raise SchemaError(
-            f"{error} This is the plan of an extraction job. Without a copy of it, end the job's workers "
+            f"{error} This is the plan of a job. Without a copy of it, end the job's workers "
             f"and remove the folder {storage.url}/{_root(job_id, generation)}: what is committed stays, "
-            "and the next extraction makes a new plan."
+            "and the next run makes a new plan."
         ) from None
 
 

@@ -55,7 +55,7 @@ class StageSeconds(Model):
     decode_wait_s: float = 0.0
     """The encoders waited for decoding."""
     encode_s: dict[str, float] = Field(default_factory=dict)
-    """By spec label."""
+    """By spec label, or by step of an annotation."""
     write_s: float = 0.0
     fetch_s: float = 0.0
     """Remote media."""
@@ -96,6 +96,8 @@ class WorkerState(Model):
     decoding: tuple[str, ...] = ()
     gpu_busy: float | None = None
     """Share of time, 0 to 1."""
+    usage: dict[str, float] = Field(default_factory=dict)
+    """What it used up of endpoints, by role and measure."""
     note: str | None = None
 
 

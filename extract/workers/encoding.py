@@ -94,7 +94,7 @@ class EncodingStage:
         positions = sorted(waiting.inputs)
         if not positions:
             return
-        clips = tuple(unit.records[p].clip.sha256 for p in positions)
+        clips = tuple(unit.records[p].sha256 for p in positions)
         # Written before the encoder runs: should this process die, its successor knows with what.
         self._session.beat(encoding=clips, encoding_alone=len(clips) == 1)
         began_s = time.monotonic()

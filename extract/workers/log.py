@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from extract.config import WorkerConfig
+from extract.config import LoopConfig
 
 
-def log_path(config: WorkerConfig) -> str | None:
+def log_path(config: LoopConfig) -> str | None:
     """Return where this process's log stands; None if it has none of its own."""
     if config.log_dir is None:
         return None

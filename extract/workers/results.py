@@ -79,7 +79,7 @@ def encode_clip(
     For looking at single clips. Extraction decodes in processes of their own, and in batches.
     """
     requests = [request_of(spec, record) for spec in specs]
-    inputs = prepare_inputs(path, record.clip.sha256, record.media, requests)
+    inputs = prepare_inputs(path, record.sha256, record.media, requests)
     clips = []
     for spec, stream in zip(specs, inputs.streams, strict=True):
         clip = unencoded(spec, record, stream)

@@ -145,14 +145,14 @@ class UnitWork:
 
     def batch_of(self, spec: TokenSpec, position: int) -> Batch:
         """Return the batch that a clip is part of."""
-        if self.records[position].clip.sha256 in self._suspects:
+        if self.records[position].sha256 in self._suspects:
             return Batch(self.claim.unit, spec, (position,))
         size = self._per_batch[spec.spec_id]
         start = position // size * size
         together = (
             p
             for p in sorted(self._missing[spec.spec_id])
-            if start <= p < start + size and self.records[p].clip.sha256 not in self._suspects
+            if start <= p < start + size and self.records[p].sha256 not in self._suspects
         )
         return Batch(self.claim.unit, spec, tuple(together))
 

@@ -299,7 +299,7 @@ class _Worker:
         self._session.update(unit=claim.unit)
         self._ledger.add(unit)
         for position in unit.positions:
-            if records[position].clip.sha256 in suspects.guilty:
+            if records[position].sha256 in suspects.guilty:
                 self._quarantine(unit, position)
         return unit
 
@@ -342,7 +342,7 @@ class _Worker:
 
     def _submit(self, record: Record, path: Path, requests: Requests) -> Future[Prepared]:
         decoder = self._config.picture_decoder
-        job = DecodeJob(path, record.clip.sha256, record.media, requests, decoder)
+        job = DecodeJob(path, record.sha256, record.media, requests, decoder)
         return self._pool.submit(job)
 
     def _fetch_and_decode(self, record: Record, requests: Requests) -> Prepared:
