@@ -1,6 +1,6 @@
 # The two commands of the README, and their parts. Everything happens in .venv.
 .DELETE_ON_ERROR:
-.PHONY: demo test check lint types layers pytest full-size clean
+.PHONY: demo test check lint types layers pytest slow full-size clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -33,8 +33,12 @@ layers: $(INSTALLED)
 	$(BIN)/lint-imports
 
 pytest: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m 'not cluster'
-	$(BIN)/python -m pytest -n 2 -m cluster
+	$(BIN)/python -m pytest -n 2 -m 'not cluster and not slow'
+	$(BIN)/python -m pytest -n 2 -m 'cluster and not slow'
+
+# What takes longer: more rounds of the same faults, and whole trainings.
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m slow
 
 full-size: $(INSTALLED)
 	$(BIN)/python benchmarks/full_size.py

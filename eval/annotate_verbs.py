@@ -22,7 +22,7 @@ from eval.annotate_looks import failures_command, jobs_of, show_command, status_
 from eval.annotate_options import AnnotateOptions, OutcomeOptions, retry_kinds_of
 from eval.console import DONE, FINDINGS, err, out, verb
 from eval.extract_options import EngineFlags, WorkerOptions, takes
-from eval.review_verbs import agreement_command, review_command
+from eval.review_verbs import agreement_command, quality_command, review_command
 
 if TYPE_CHECKING:
     from cache.manifest import Header
@@ -522,3 +522,4 @@ annotate_app.command("failures")(failures_command)
 annotate_app.command("show")(show_command)
 annotate_app.command("review")(review_command)
 annotate_app.command("agreement")(agreement_command)
+annotate_app.command("quality")(quality_command)
