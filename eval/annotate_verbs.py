@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import logging
 import shlex
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -23,6 +21,7 @@ from eval.annotate_options import AnnotateOptions, OutcomeOptions, retry_kinds_o
 from eval.console import DONE, FINDINGS, err, out, verb
 from eval.extract_options import EngineFlags, WorkerOptions, takes
 from eval.review_verbs import agreement_command, quality_command, review_command
+from eval.worker_lines import WorkerLines
 
 if TYPE_CHECKING:
     from cache.manifest import Header
@@ -42,8 +41,6 @@ _RUN = "run"
 """Name of the hidden verb that annotates; nobody types it."""
 _ON_THIS_MACHINE = ("inline", "local")
 REPORT = "report.json"
-LINE_EVERY_S = 30.0
-"""Between two lines of a worker of a job array."""
 
 
 class _Annotate(TyperGroup):
@@ -126,7 +123,7 @@ def annotate_worker_command(asked: AnnotateOptions, own: WorkerOptions) -> int:
         log_dir=None if own.log_dir is None else str(own.log_dir.resolve()),
         drain_after_s=drain_after_s,
     )  # fmt: skip
-    with _WorkerLines(job) as lines:
+    with WorkerLines(job, "annotating", "records") as lines:
         work(config.model_dump_json(), records=prepared.found.records, on_clip=lines.advance)
     _check_done(job)
     out.print("all units are done; `emocache annotate` writes the manifest", highlight=False)
@@ -414,42 +411,6 @@ def _check_done(job: Job) -> None:
             f"stopped with {len(left):,} of {len(job.plan.units):,} units left. Every answer stays; run the "
             "same command to continue."
         )
-
-
-class _WorkerLines:
-    """Says every 30 seconds how far one worker of many is. A context manager."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._n_clips = 0
-        self._began_s = time.monotonic()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
-
-    def advance(self) -> None:
-        """Count a record."""
-        self._n_clips += 1
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._ended.wait(LINE_EVERY_S):
-            rate = self._n_clips / (time.monotonic() - self._began_s)
-            try:
-                n_done = self._job.n_done()
-            except EmocacheError as error:  # the worker itself has its say on that
-                logger.debug("the job cannot be looked at: %s", error)
-                continue
-            logger.info(
-                "annotating: %d records by this worker, %.1f a second; %d of the job's %d units are done",
-                self._n_clips, rate, n_done, len(self._job.plan.units),
-            )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- after the work

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -25,6 +24,7 @@ from cache.errors import (
 )
 from eval.console import DONE, FINDINGS, err, out, verb
 from eval.extract_options import EngineFlags, RunOptions, WorkerOptions, WorkOptions, takes
+from eval.worker_lines import WorkerLines
 
 if TYPE_CHECKING:
     from cache.clip import Record
@@ -50,8 +50,6 @@ _RUN = "run"
 """Name of the hidden verb that extracts; nobody types it."""
 _ON_THIS_MACHINE = ("inline", "local")
 _CALIBRATION_CLIPS = 24
-LINE_EVERY_S = 30.0
-"""Between two lines of a worker of a job array."""
 
 
 class _Extract(TyperGroup):
@@ -154,7 +152,7 @@ def extract_worker_command(work: WorkOptions, own: WorkerOptions) -> int:
         drain_after_s=drain_after_s,
     )  # fmt: skip
     rank = int(os.environ.get("SLURM_LOCALID", "0"))
-    with _WorkerLines(job) as lines:
+    with WorkerLines(job, "extracting", "clips") as lines:
         work_on(config.model_dump_json(), rank, records=prepared.records, on_clip=lines.advance)
     mine = _sum_up(job, store, config.session, work.store)
     _check_done(job)
@@ -586,42 +584,6 @@ def _log_dir(run: RunOptions, engine: EngineOptions, store: TokenStore, job: Job
         return None
     folder = _job_folder(store, job)
     return folder / "logs" if folder is not None else Path("emocache-logs", job.job_id).resolve()
-
-
-class _WorkerLines:
-    """Says every 30 seconds how far one worker of many is. A context manager."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._n_clips = 0
-        self._began_s = time.monotonic()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
-
-    def advance(self) -> None:
-        """Count a clip."""
-        self._n_clips += 1
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._ended.wait(LINE_EVERY_S):
-            rate = self._n_clips / (time.monotonic() - self._began_s)
-            try:
-                n_done = self._job.n_done()
-            except EmocacheError as error:  # the worker itself has its say on that
-                logger.debug("the job cannot be looked at: %s", error)
-                continue
-            logger.info(
-                "extracting: %d clips by this worker, %.1f a second; %d of the job's %d units are done",
-                self._n_clips, rate, n_done, len(self._job.plan.units),
-            )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- after the work

@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from cache.errors import MissingDependencyError
 from cache.files import write_text_aside
+from eval.pages import page_environment
 from eval.progress import human_time
 from eval.report import excerpt, human_size, number
 from eval.tables import MEANINGS
@@ -141,20 +141,7 @@ def write_extraction_report(
 
 def render_extraction_report(summary: JobSummary, store: str, notes: Sequence[str] = ()) -> str:
     """Return the HTML page; see `write_extraction_report`."""
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError as error:
-        raise MissingDependencyError(
-            "The HTML report of an extraction needs jinja2: pip install 'emocache[eval]'"
-        ) from error
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = page_environment("The HTML report of an extraction")
     environment.filters.update(
         count=lambda value: f"{value:,}",
         number=number,

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from cache.errors import MissingDependencyError
 from cache.files import write_aside, write_text_aside
 from cache.schema import Model
 from eval.metrics import MultiLabelScores, SingleLabelScores
+from eval.pages import page_environment
 from eval.parse import ParseHow
 from eval.plots import Curve, draw_confusion, draw_training
 
@@ -187,21 +187,9 @@ def write_report(data: ReportData, out_dir: Path) -> tuple[Path, Path]:
     Raises:
         MissingDependencyError: jinja2 or matplotlib is not installed.
     """
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-        from markupsafe import Markup
-    except ImportError as error:
-        raise MissingDependencyError(
-            "A report needs jinja2: pip install 'emocache[eval]'"
-        ) from error
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = page_environment("A report")
+    from markupsafe import Markup  # jinja2 brings it
+
     environment.filters.update(
         pct=percent,
         points=points,

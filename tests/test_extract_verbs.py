@@ -31,7 +31,7 @@ from cache.recipes import token_specs
 from cache.schema import decode_json
 from cache.spec import TokenSpec
 from cache.store import TokenStore
-from eval import console, extract_verbs, progress
+from eval import console, progress, worker_lines
 from eval.arguments import duration_s, retry_kinds, size_bytes, wanted, weights_of
 from eval.extract_verbs import VERBS
 from eval.extraction_report import nice_step, render_extraction_report, stages_of, timeline
@@ -504,7 +504,7 @@ def test_a_worker_of_a_job_array_does_what_is_left(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(extract_verbs, "LINE_EVERY_S", 0.01)
+    monkeypatch.setattr(worker_lines, "LINE_EVERY_S", 0.01)
     given = ["--manifest", made / "m.parquet", "--store", tmp_path / "s"]
     code, _, problems = run(capsys, "extract-worker", "demo", *given, "--walltime", "90s")
     assert code == 2

@@ -20,8 +20,7 @@ from pathlib import Path
 
 from cache.clip import Record
 from cache.commit import Status
-from cache.errors import EmocacheError, ManifestError, SchemaError, StoreError
-from cache.manifest import read_manifest
+from cache.errors import EmocacheError, SchemaError, StoreError
 from cache.schema import decode_json
 from cache.storage import LocalStorage
 from extract.annotate.action_units import load_units
@@ -45,6 +44,7 @@ from extract.jobs.session import StageSeconds, WorkerSession, WorkerState
 from extract.sources import open_source
 from extract.workers.drain import Drain, after, on_signals, registered
 from extract.workers.log import log_file, log_path
+from extract.workers.loop import planned_records
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class _Worker:
         with log_file(log), session:
             logger.info("worker %s starts", session.worker_id)
             self._session = session
-            self._records = self._read_records()
+            self._records = planned_records(config, self._job, self._given_records)
             with ExitStack() as stack:
                 self._tools = self._set_up(stack)
                 self._annotator = Annotator(self._tools)
@@ -173,17 +173,6 @@ class _Worker:
             return session.state
 
     # ---------------------------------------------------------------- setting up
-
-    def _read_records(self) -> Sequence[Record]:
-        records = self._given_records
-        if records is None:
-            records = read_manifest(Path(self._config.manifest)).records
-        if len(records) != self._job.plan.n_records:
-            raise ManifestError(
-                f"{self._config.manifest}: holds {len(records)} records, the job was planned on "
-                f"{self._job.plan.n_records}. The manifest changed; run the same command again."
-            )
-        return records
 
     def _set_up(self, stack: ExitStack) -> Tools:
         config, preset = self._config, self._config.preset

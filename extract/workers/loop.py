@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from cache.errors import SchemaError
+from cache.clip import Record
+from cache.errors import ManifestError, SchemaError
+from cache.manifest import read_manifest
 from cache.schema import decode
 from extract.config import LoopConfig
+from extract.jobs.job import Job
 
 _LOOPS: dict[str, tuple[str, str, str]] = {
     "tokens": ("extract.config", "WorkerConfig", "extract.workers.worker"),
@@ -47,6 +52,28 @@ def work(config_json: str, rank: int = 0) -> str:
     *_, module = _of(json.loads(config_json))
     answer: str = importlib.import_module(module).work(config_json, rank)
     return answer
+
+
+def planned_records(
+    config: LoopConfig, job: Job, given: Sequence[Record] | None = None
+) -> Sequence[Record]:
+    """Return the records that a job was planned on.
+
+    Args:
+        config: Names their manifest.
+        job: The job.
+        given: Those of a caller that has them at hand.
+
+    Raises:
+        ManifestError: The manifest has changed since.
+    """
+    records = read_manifest(Path(config.manifest)).records if given is None else given
+    if len(records) != job.plan.n_records:
+        raise ManifestError(
+            f"{config.manifest}: holds {len(records)} records, the job was planned on "
+            f"{job.plan.n_records}. The manifest changed; run the same command again."
+        )
+    return records
 
 
 def _of(data: Any) -> tuple[str, str, str]:

@@ -17,8 +17,7 @@ from pathlib import Path
 
 from cache.clip import Record
 from cache.commit import Status
-from cache.errors import EmocacheError, ManifestError
-from cache.manifest import read_manifest
+from cache.errors import EmocacheError
 from cache.schema import decode_json
 from cache.spec import TokenSpec
 from cache.storage import is_quick
@@ -38,6 +37,7 @@ from extract.workers.drain import Drain, after, on_signals, registered
 from extract.workers.encoding import EncodingStage
 from extract.workers.ledger import Ledger
 from extract.workers.log import log_file, log_path
+from extract.workers.loop import planned_records
 from extract.workers.unit import Clock, UnitWork
 
 Requests = tuple[InputRequest, ...]
@@ -122,7 +122,7 @@ class _Worker:
         with log_file(log), session:
             logger.info("worker %s starts on %s", session.worker_id, self._device)
             self._session = session
-            self._records = self._read_records()
+            self._records = planned_records(config, self._job, self._given_records)
             self._source: MediaSource = open_source(config.media_root)
             bank = self._load_encoders()
             with ExitStack() as stack:
@@ -143,17 +143,6 @@ class _Worker:
             return session.state
 
     # ---------------------------------------------------------------- setting up
-
-    def _read_records(self) -> Sequence[Record]:
-        records = self._given_records
-        if records is None:
-            records = read_manifest(Path(self._config.manifest)).records
-        if len(records) != self._job.plan.n_records:
-            raise ManifestError(
-                f"{self._config.manifest}: holds {len(records)} records, the job was planned on "
-                f"{self._job.plan.n_records}. The manifest changed; run the same command again."
-            )
-        return records
 
     def _load_encoders(self) -> EncoderBank:
         import torch
