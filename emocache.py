@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from eval.annotate_verbs import annotate_app, annotate_worker_command
 from eval.console import DONE, REFUSED, err, out, verb
+from eval.corpus_verbs import corpus_app
 from eval.extract_verbs import extract_app, extract_worker_command
 from eval.index_verbs import index_command
 from eval.store_verbs import store_app
@@ -30,7 +31,7 @@ from eval.train_verbs import (
 
 logger = logging.getLogger("emocache")
 VERBS = (
-    "index", "annotate", "annotate-worker", "extract", "extract-worker", "store", "train",
+    "index", "corpus", "annotate", "annotate-worker", "extract", "extract-worker", "store", "train",
     "import-checkpoint", "show", "evaluate", "demo",
 )  # fmt: skip
 """In the order of the work; `emocache --help` shows them so."""
@@ -51,6 +52,7 @@ app = typer.Typer(
     help="Encode emotion clips once, then train and ablate from the cache.",
 )
 app.command("index")(index_command)
+app.add_typer(corpus_app, name="corpus")
 app.add_typer(extract_app, name="extract")
 app.command("extract-worker")(extract_worker_command)
 app.add_typer(annotate_app, name="annotate")

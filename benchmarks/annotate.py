@@ -135,10 +135,10 @@ async def ask_bare(base_url: str, in_flight: int, n_questions: int, *, raw: bool
 
 def ask_ours(base_url: str, in_flight: int, n_questions: int, folder: Path) -> int:
     """Ask through the client with a cache; return how many requests it made."""
-    from extract.annotate.answers import AnswerCache
-    from extract.annotate.endpoint import EndpointClient
-    from extract.annotate.questions import Question
-    from extract.annotate.transport import EndpointOptions
+    from extract.annotate.endpoints.answers import AnswerCache
+    from extract.annotate.endpoints.endpoint import EndpointClient
+    from extract.annotate.endpoints.questions import Question
+    from extract.annotate.endpoints.transport import EndpointOptions
 
     options = EndpointOptions(base_url=base_url, api_key_env="none", in_flight=in_flight)
     questions = (

@@ -391,7 +391,9 @@ def whole_clips(records: Sequence[Record], n_clips: int) -> list[int]:
     whole = [
         row
         for row, record in enumerate(records)
-        if record.seen_clip.has_audio and record.seen_clip.has_video and (record.seen_clip.duration_s or 0) <= 15
+        if record.seen_clip.has_audio
+        and record.seen_clip.has_video
+        and (record.seen_clip.duration_s or 0) <= 15
     ]
     real = [row for row in whole if is_real(records[row].uid)]
     made = [row for row in whole if not is_real(records[row].uid)]

@@ -227,7 +227,7 @@ def _check_out(asked: AnnotateOptions, outcome: OutcomeOptions) -> None:
 
 def _check_keys(preset: Preset) -> None:
     """Refuse to begin without the key of an endpoint."""
-    from extract.annotate.transport import api_key
+    from extract.annotate.endpoints.transport import api_key
 
     for options in preset.roles.values():
         api_key(options.endpoint)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from extract.annotate.media import jpeg_bytes, wav_bytes
+from extract.annotate.evidence.media import jpeg_bytes, wav_bytes
 from extract.decode_pool import DecodeFailure, DecodeJob, DecodePool, Prepared
 from extract.inputs import ClipInputs, InputRequest
 

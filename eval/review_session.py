@@ -15,7 +15,7 @@ from cache.clip import Record, file_sha256, media_path
 from cache.errors import ManifestError, SchemaError
 from cache.schema import Model, decode_json
 from eval.review_media import Strip, StripReader
-from extract.annotate.review import (
+from extract.annotate.people.review import (
     ASPECTS,
     MAX_SCORE,
     Aspect,

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from eval.review_session import ReviewSession
-    from extract.annotate.quality import Filter
-    from extract.annotate.review import Rating, Sample, Sampling, Scale
+    from extract.annotate.people.quality import Filter
+    from extract.annotate.people.review import Rating, Sample, Sampling, Scale
 
 ManifestArgument = Annotated[
     Path, typer.Argument(metavar="MANIFEST", help="Annotated records.", show_default=False)
@@ -67,7 +67,7 @@ def review_command(
     from cache.manifest import iter_records, read_header
     from eval.review_server import ReviewServer
     from eval.review_session import ReviewSession
-    from extract.annotate.review import RatingsFile, draw_sample
+    from extract.annotate.people.review import RatingsFile, draw_sample
 
     sampling = _sampling(n, per_label, target, corpus or [], seed)
     chosen_scale = _scale(scale)
@@ -114,7 +114,7 @@ def _sampling(
     n: int | None, per_label: int | None, target: str | None, corpora: list[str], seed: int
 ) -> Sampling:
     from cache.labels import LABEL_FIELDS
-    from extract.annotate.review import PER_CORPUS, Sampling
+    from extract.annotate.people.review import PER_CORPUS, Sampling
 
     if n is not None and per_label is not None:
         raise SchemaError("--n counts per corpus and --per-label per label; give one of them.")
@@ -133,7 +133,7 @@ def _sampling(
 
 
 def _scale(name: str) -> Scale:
-    from extract.annotate.review import SCALES
+    from extract.annotate.people.review import SCALES
 
     if name not in SCALES:
         raise SchemaError(
@@ -186,8 +186,8 @@ def agreement_command(
 ) -> int:
     """Say how often raters accept, how well they agree (Cohen's kappa), and their mean scores."""
     from eval.review_view import agreement_lines, agreement_tables
-    from extract.annotate.agreement import agreement
-    from extract.annotate.review import read_ratings
+    from extract.annotate.people.agreement import agreement
+    from extract.annotate.people.review import read_ratings
 
     given: Sequence[Rating] = [rating for path in ratings for rating in read_ratings(path)]
     if not given:
@@ -195,7 +195,7 @@ def agreement_command(
     current = None
     if manifest is not None:
         from cache.manifest import iter_records
-        from extract.annotate.review import current_items
+        from extract.annotate.people.review import current_items
 
         current = current_items(iter_records(manifest), given)
     found = agreement(given, current, accept_from)
@@ -249,7 +249,13 @@ def quality_command(
     from cache.manifest import ManifestWriter, iter_records, read_header, relative_root
     from cache.place import is_url
     from eval.review_view import quality_example_lines, quality_table
-    from extract.annotate.quality import QualityFilters, cleaned, examine, n_dropped, options_of
+    from extract.annotate.people.quality import (
+        QualityFilters,
+        cleaned,
+        examine,
+        n_dropped,
+        options_of,
+    )
 
     keep = _filters(keep_flagged or [])
     changes: dict[str, Any] = {"language": None if language == "any" else language}
@@ -290,7 +296,7 @@ def quality_command(
 
 
 def _filters(names: list[str]) -> frozenset[Filter]:
-    from extract.annotate.quality import FILTERS
+    from extract.annotate.people.quality import FILTERS
 
     asked = [part.strip() for name in names for part in name.split(",")]
     for name in asked:

@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from eval.report import percent
-from extract.annotate.agreement import Agreement, Group, Kappa, Pair
-from extract.annotate.quality import MEANINGS, QualityReport
-from extract.annotate.review import ASPECTS, Aspect
+from extract.annotate.people.agreement import Agreement, Group, Kappa, Pair
+from extract.annotate.people.quality import MEANINGS, QualityReport
+from extract.annotate.people.review import ASPECTS, Aspect
 
 NAMES: Final[dict[Aspect, str]] = {
     "visual": "visual clues",

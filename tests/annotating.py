@@ -17,9 +17,9 @@ import emocache
 from cache.clip import Clip, Record, Subtitle, file_sha256
 from cache.labels import LabelSpace
 from cache.manifest import Header, Manifest, write_manifest
-from extract.annotate.action_units import AuTable, FrameUnits
 from extract.annotate.config import AnnotationConfig
-from extract.annotate.detectors import Detection
+from extract.annotate.evidence.action_units import AuTable, FrameUnits
+from extract.annotate.evidence.detectors import Detection
 from extract.annotate.job import open_job
 from extract.annotate.pipeline import Annotation, prepare, work_storage
 from extract.annotate.presets import Preset, configure

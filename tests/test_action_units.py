@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from cache.clip import Peak
 from cache.errors import SchemaError
-from extract.annotate.action_units import (
+from extract.annotate.evidence.action_units import (
     BUILTIN,
     AuTable,
     FrameUnits,

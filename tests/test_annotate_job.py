@@ -21,15 +21,19 @@ import emocache
 from cache.clip import Record
 from cache.errors import EmocacheError, ExtractionStopped
 from cache.manifest import read_manifest
-from extract.annotate.answers import AnswerCache
 from extract.annotate.asking import Purse, _Part
-from extract.annotate.budget import BudgetError, Caps
 from extract.annotate.config import ANSWERS, RESULTS, AnnotationConfig
+from extract.annotate.endpoints.answers import AnswerCache
+from extract.annotate.endpoints.budget import BudgetError, Caps
+from extract.annotate.endpoints.transport import (
+    EndpointDownError,
+    UnauthorisedError,
+    UnknownModelError,
+)
 from extract.annotate.job import open_job
 from extract.annotate.journal import Journal
 from extract.annotate.pipeline import prepare, work_storage
 from extract.annotate.results import RecordResult
-from extract.annotate.transport import EndpointDownError, UnauthorisedError, UnknownModelError
 from extract.annotate.worker import work
 from extract.engines.options import EngineOptions
 from extract.engines.start import run_engine

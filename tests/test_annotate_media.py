@@ -20,14 +20,14 @@ from PIL import Image
 from pydantic import ValidationError
 
 from cache.clip import Clip, Peak, Record, file_sha256
-from extract.annotate.media import (
+from extract.annotate.endpoints.questions import MediaPart
+from extract.annotate.evidence.media import (
     MediaLimits,
     MediaReader,
     Sound,
     has_only_sound,
     wav_bytes,
 )
-from extract.annotate.questions import MediaPart
 from extract.decode import FrameRequest, decode
 from extract.decode_pool import DecodePool
 from tests.media import sine, stamp_of, write, write_clip, write_wav
@@ -330,6 +330,6 @@ def test_limits_that_make_no_sense_are_refused(limits: dict[str, Any]) -> None:
 
 
 def test_reading_media_needs_no_torch() -> None:
-    code = "import extract.annotate.media, sys; sys.exit('torch' in sys.modules)"
+    code = "import extract.annotate.evidence.media, sys; sys.exit('torch' in sys.modules)"
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     assert subprocess.run([sys.executable, "-c", code], env=env, check=False).returncode == 0

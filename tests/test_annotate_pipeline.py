@@ -26,6 +26,7 @@ from cache.errors import ManifestError, SchemaError
 from cache.manifest import read_manifest
 from cache.schema import Model
 from extract.annotate import steps
+from extract.annotate.evidence.transcribe import Transcript
 from extract.annotate.job import plan_annotation
 from extract.annotate.journal import Journal
 from extract.annotate.pipeline import write_annotated
@@ -37,7 +38,6 @@ from extract.annotate.results import (
     is_wanted,
     result_key,
 )
-from extract.annotate.transcribe import Transcript
 from extract.annotate.wording import Wordings
 from extract.failures import Failure
 from tests.annotating import (

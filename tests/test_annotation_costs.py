@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from extract.annotate.costs import Assumptions, Price, RoleWork, Tally, estimate
+from extract.annotate.endpoints.costs import Assumptions, Price, RoleWork, Tally, estimate
 
 EXACT = Assumptions(
     bytes_per_token=4.0,

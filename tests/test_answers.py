@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.errors import SchemaError
-from extract.annotate import answers as answers_file
-from extract.annotate.answers import MARK, Answer, AnswerCache, AnswersError
-from extract.annotate.questions import MediaPart, Question, QuestionError, Sampling
-from extract.annotate.replies import (
+from extract.annotate.endpoints import answers as answers_file
+from extract.annotate.endpoints.answers import MARK, Answer, AnswerCache, AnswersError
+from extract.annotate.endpoints.questions import MediaPart, Question, QuestionError, Sampling
+from extract.annotate.endpoints.replies import (
     BrokenReplyError,
     Outcome,
     check_schema,

@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cache.errors import SchemaError
-from extract.annotate.answers import Answer, AnswerCache
-from extract.annotate.budget import Budget, BudgetError, Caps, TokenRates
-from extract.annotate.endpoint import EndpointClient, Failure
-from extract.annotate.questions import MediaPart, Question, Sampling
-from extract.annotate.schedule import (
+from extract.annotate.endpoints.answers import Answer, AnswerCache
+from extract.annotate.endpoints.budget import Budget, BudgetError, Caps, TokenRates
+from extract.annotate.endpoints.endpoint import EndpointClient, Failure
+from extract.annotate.endpoints.questions import MediaPart, Question, Sampling
+from extract.annotate.endpoints.schedule import (
     RateWindow,
     RetryPolicy,
     Streak,
@@ -35,7 +35,7 @@ from extract.annotate.schedule import (
     exhausted_wait_s,
     told_wait_s,
 )
-from extract.annotate.transport import (
+from extract.annotate.endpoints.transport import (
     EndpointDownError,
     EndpointError,
     EndpointOptions,
@@ -711,7 +711,7 @@ def test_media_that_changed_or_vanished_fail_alone(server: ChatServer) -> None:
 def test_answers_that_cannot_be_kept_end_the_run(
     server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from extract.annotate.answers import AnswersError
+    from extract.annotate.endpoints.answers import AnswersError
 
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
@@ -725,10 +725,10 @@ def test_answers_that_cannot_be_kept_end_the_run(
 
 _ASKER = """
 import sys
-from extract.annotate.answers import AnswerCache
-from extract.annotate.endpoint import EndpointClient
-from extract.annotate.questions import Question
-from extract.annotate.transport import EndpointOptions
+from extract.annotate.endpoints.answers import AnswerCache
+from extract.annotate.endpoints.endpoint import EndpointClient
+from extract.annotate.endpoints.questions import Question
+from extract.annotate.endpoints.transport import EndpointOptions
 url, folder, stop_s = sys.argv[1:]
 options = EndpointOptions(base_url=url, api_key_env="none", in_flight=8, stop_s=float(stop_s))
 questions = (Question("r", "tiny", "p@1", f"What does clip {i}. show?") for i in range(400))

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from cache.clip import Clip, Record
 from cache.errors import MissingDependencyError, SchemaError
-from extract.annotate.action_units import AuTable, FrameUnits, peak_frame
-from extract.annotate.detectors import (
+from extract.annotate.evidence.action_units import AuTable, FrameUnits, peak_frame
+from extract.annotate.evidence.detectors import (
     Detection,
     FaceDetector,
     OpenFaceBinary,
@@ -27,7 +27,7 @@ from extract.annotate.detectors import (
     detect,
     load_detector,
 )
-from extract.annotate.openface import (
+from extract.annotate.evidence.openface import (
     OpenFaceFailed,
     find_openface,
     read_openface_csv,
@@ -410,7 +410,7 @@ def test_an_interrupt_leaves_no_process_behind(stand_in: Path, tmp_path: Path) -
 def test_a_helper_that_is_left_behind_ends_too(
     stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("extract.annotate.openface._END_S", 0.3)
+    monkeypatch.setattr("extract.annotate.evidence.openface._END_S", 0.3)
     assert run_openface(stand_in, clip_called(tmp_path, "orphan.mp4")).n_frames == 3
     await_end(int((tmp_path / "orphan.pid").read_text()))
 
@@ -547,8 +547,8 @@ def test_two_clips_never_share_a_table(tmp_path: Path) -> None:
 
 
 USERS_MODULE = '''
-from extract.annotate.action_units import AuTable, FrameUnits
-from extract.annotate.detectors import Detection
+from extract.annotate.evidence.action_units import AuTable, FrameUnits
+from extract.annotate.evidence.detectors import Detection
 
 
 class Smiles:

@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.errors import SchemaError
+from extract.annotate.endpoints.questions import MediaPart
+from extract.annotate.endpoints.replies import check_schema, schema_problem
 from extract.annotate.prompts import (
     CLUES,
     DESCRIPTION_SCHEMA,
@@ -23,8 +25,6 @@ from extract.annotate.prompts import (
     prompt_name,
     prompt_names,
 )
-from extract.annotate.questions import MediaPart
-from extract.annotate.replies import check_schema, schema_problem
 
 TARGETS = ("emotion", "emotion_multi", "emotion_ov", "sentiment", "intent")
 CLUE = {name: f"the {name} clue" for name in CLUES}

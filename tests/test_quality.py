@@ -19,8 +19,7 @@ from cache.clip import DESCRIPTION_KINDS, Description, DescriptionKind, Record
 from cache.errors import SchemaError
 from cache.labels import LabelField, LabelSpace
 from cache.manifest import Header, Manifest, read_manifest, write_manifest
-from extract.annotate.prompts import load_prompt, prompt_names
-from extract.annotate.quality import (
+from extract.annotate.people.quality import (
     FILTERS,
     Filter,
     QualityFilters,
@@ -29,6 +28,7 @@ from extract.annotate.quality import (
     n_dropped,
     options_of,
 )
+from extract.annotate.prompts import load_prompt, prompt_names
 from extract.corpora.demo import EMOTIONS, describe
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -26,8 +26,8 @@ from cache.errors import SchemaError
 from cache.labels import LabelSpace
 from cache.manifest import Header, Manifest, write_manifest
 from eval.review_verbs import agreement_command, review_command
-from extract.annotate.agreement import agreement, cohen_kappa
-from extract.annotate.review import (
+from extract.annotate.people.agreement import agreement, cohen_kappa
+from extract.annotate.people.review import (
     ASPECTS,
     Rating,
     RatingsFile,

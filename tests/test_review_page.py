@@ -17,8 +17,8 @@ from sklearn.metrics import cohen_kappa_score
 from cache.clip import Clip, Description, Peak, Record, Subtitle, file_sha256
 from cache.labels import LabelSpace
 from cache.manifest import Header, Manifest, write_manifest
-from extract.annotate.agreement import agreement
-from extract.annotate.review import ASPECTS, Rating, read_ratings
+from extract.annotate.people.agreement import agreement
+from extract.annotate.people.review import ASPECTS, Rating, read_ratings
 from extract.corpora.demo import write_demo_corpus
 from extract.media import probe
 from tests.media import sine, write

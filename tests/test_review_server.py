@@ -18,7 +18,7 @@ from cache.clip import Clip, Description, Record, Subtitle, file_sha256
 from cache.errors import SchemaError
 from eval.review_server import ReviewServer, byte_range
 from eval.review_session import ReviewSession
-from extract.annotate.review import RatingsFile, Sampling, draw_sample, read_ratings
+from extract.annotate.people.review import RatingsFile, Sampling, draw_sample, read_ratings
 from tests.media import sine, write_clip, write_wav
 
 HOSTILE = "</script><script>alert(1)</script>"

@@ -24,8 +24,8 @@ from whisper.tokenizer import get_tokenizer
 
 from cache.clip import Record, Subtitle
 from cache.errors import CheckpointError, SchemaError
-from extract.annotate.media import MediaLimits, MediaReader
-from extract.annotate.transcribe import TranscribeOptions, Transcriber
+from extract.annotate.evidence.media import MediaLimits, MediaReader
+from extract.annotate.evidence.transcribe import TranscribeOptions, Transcriber
 from extract.decode import decode
 from tests.media import sine
 
@@ -355,6 +355,6 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None
 
 
 def test_importing_it_needs_no_torch() -> None:
-    code = "import extract.annotate.transcribe, sys; sys.exit('torch' in sys.modules)"
+    code = "import extract.annotate.evidence.transcribe, sys; sys.exit('torch' in sys.modules)"
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     assert subprocess.run([sys.executable, "-c", code], env=env, check=False).returncode == 0

@@ -27,11 +27,11 @@ import pytest
 import torch
 from PIL import Image
 
-from extract.annotate.answers import Answer, AnswerCache
-from extract.annotate.endpoint import EndpointClient
-from extract.annotate.questions import MediaPart, Question, Sampling
-from extract.annotate.replies import Outcome
-from extract.annotate.transport import EndpointOptions
+from extract.annotate.endpoints.answers import Answer, AnswerCache
+from extract.annotate.endpoints.endpoint import EndpointClient
+from extract.annotate.endpoints.questions import MediaPart, Question, Sampling
+from extract.annotate.endpoints.replies import Outcome
+from extract.annotate.endpoints.transport import EndpointOptions
 
 TINY = Path(__file__).resolve().parents[1] / "train" / "tiny" / "llm"
 N_TOKENS = 12

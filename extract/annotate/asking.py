@@ -1,8 +1,8 @@
 """Questions of many clips at once to several endpoints, under one budget.
 
-`extract.annotate.endpoint` asks a row of questions of one endpoint. Annotation has questions that depend
-on answers of other endpoints, for many clips side by side: an `Asker` takes each when it comes, and gives
-a future. What is spent counts together, over all endpoints of this process and, as far as they have
+`extract.annotate.endpoints.endpoint` asks a row of questions of one endpoint. Annotation has questions
+that depend on answers of other endpoints, for many clips side by side: an `Asker` takes each when it
+comes, and gives a future. What is spent counts together, over all endpoints of this process and, as far as they have
 told, over all workers of the job.
 """
 
@@ -16,11 +16,11 @@ from collections.abc import Collection, Iterable
 from concurrent.futures import Future
 
 from cache.errors import StoppedError
-from extract.annotate.answers import Answer
-from extract.annotate.budget import Budget, BudgetError, Caps, Reservation
-from extract.annotate.endpoint import REFRESH_S, EndpointClient, Failure
-from extract.annotate.questions import Question, QuestionError
-from extract.annotate.sending import Finished
+from extract.annotate.endpoints.answers import Answer
+from extract.annotate.endpoints.budget import Budget, BudgetError, Caps, Reservation
+from extract.annotate.endpoints.endpoint import REFRESH_S, EndpointClient, Failure
+from extract.annotate.endpoints.questions import Question, QuestionError
+from extract.annotate.endpoints.sending import Finished
 
 _POLL_S = 0.05
 """How often a request that does not fit looks whether another endpoint left room."""

@@ -17,15 +17,15 @@ from cache.errors import SchemaError, near_miss
 from cache.labels import LabelField
 from cache.overrides import configured
 from cache.schema import Model, canonical_json
-from extract.annotate.action_units import Unit
-from extract.annotate.budget import Caps
-from extract.annotate.costs import Assumptions, Price
-from extract.annotate.media import MediaLimits
-from extract.annotate.openface import DEADLINE_S
-from extract.annotate.questions import Sampling
+from extract.annotate.endpoints.budget import Caps
+from extract.annotate.endpoints.costs import Assumptions, Price
+from extract.annotate.endpoints.questions import Sampling
+from extract.annotate.endpoints.transport import NO_KEY, EndpointOptions
+from extract.annotate.evidence.action_units import Unit
+from extract.annotate.evidence.media import MediaLimits
+from extract.annotate.evidence.openface import DEADLINE_S
+from extract.annotate.evidence.transcribe import TranscribeOptions
 from extract.annotate.results import Step
-from extract.annotate.transcribe import TranscribeOptions
-from extract.annotate.transport import NO_KEY, EndpointOptions
 
 Role = Literal["visual_objective", "audio_tone", "consolidate"]
 """What a model is asked for."""

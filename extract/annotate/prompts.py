@@ -30,7 +30,7 @@ from pydantic import Field
 
 from cache.errors import MissingDependencyError, SchemaError, near_miss
 from cache.schema import Model, canonical_json, decode
-from extract.annotate.questions import MediaPart, Question, Sampling
+from extract.annotate.endpoints.questions import MediaPart, Question, Sampling
 
 PromptRole = Literal["visual_objective", "audio_tone", "consolidate", "template"]
 Preset = Literal["mmeverse", "merr-fine", "merr-coarse"]

@@ -11,7 +11,7 @@ from pydantic import Field
 from cache.clip import Record
 from cache.commit import Status
 from cache.schema import Model
-from extract.annotate.costs import Assumptions, RoleEstimate, RoleWork, estimate
+from extract.annotate.endpoints.costs import Assumptions, RoleEstimate, RoleWork, estimate
 from extract.annotate.job import AnnotationPlan
 from extract.annotate.presets import Preset, Role
 from extract.annotate.results import Results, Step, kind_of_step

@@ -20,22 +20,22 @@ from cache.commit import Status
 from cache.errors import EmocacheError, SchemaError
 from cache.labels import LabelField
 from cache.schema import canonical_json
-from extract.annotate.action_units import (
+from extract.annotate.endpoints.answers import Answer
+from extract.annotate.endpoints.endpoint import Failure as NoAnswer
+from extract.annotate.endpoints.questions import MediaPart
+from extract.annotate.evidence.action_units import (
     describe_face,
     peak_frame,
     present_units,
     pseudo_labels,
     sum_without,
 )
-from extract.annotate.answers import Answer
-from extract.annotate.detectors import (
+from extract.annotate.evidence.detectors import (
     Detection,
     detect,
 )
-from extract.annotate.endpoint import Failure as NoAnswer
-from extract.annotate.media import ClipMedia, Picture, Sound
+from extract.annotate.evidence.media import ClipMedia, Picture, Sound
 from extract.annotate.presets import Role, SpeechOptions
-from extract.annotate.questions import MediaPart
 from extract.annotate.results import RecordResult, Step, StepResult, absent, failed
 from extract.annotate.tools import Clues, FaceClue, SpeechClue, Tools, load_transcriber
 from extract.decode_pool import DecodeFailure
@@ -45,7 +45,7 @@ from extract.jobs.blame import quarantine
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from extract.annotate.transcribe import Transcriber
+    from extract.annotate.evidence.transcribe import Transcriber
 
 NO_PICTURES = "the clip has no pictures"
 NO_SOUND = "the clip has no sound"

@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Literal
 
 from cache.clip import Record, Subtitle
 from cache.schema import Model
-from extract.annotate.action_units import FrameUnits, UnitTable, load_units
 from extract.annotate.asking import Asker
-from extract.annotate.detectors import (
+from extract.annotate.evidence.action_units import FrameUnits, UnitTable, load_units
+from extract.annotate.evidence.detectors import (
     FaceDetector,
     OpenFaceBinary,
     OpenFaceCsv,
     load_detector,
 )
+from extract.annotate.evidence.media import MediaReader
 from extract.annotate.journal import Journal
-from extract.annotate.media import MediaReader
 from extract.annotate.presets import DetectorOptions, Preset, Role, SpeechOptions
 from extract.annotate.wording import Wordings
 from extract.decode_pool import DecodeFailure
 from extract.sources import MediaSource
 
 if TYPE_CHECKING:
-    from extract.annotate.transcribe import Transcriber
+    from extract.annotate.evidence.transcribe import Transcriber
 
 OnEvidence = Callable[[Record, DecodeFailure], None]
 
@@ -110,7 +110,7 @@ def load_transcriber(options: SpeechOptions) -> Transcriber:
         CheckpointError: The checkpoint is not one.
         MissingDependencyError: openai-whisper is not installed.
     """
-    from extract.annotate.transcribe import TranscribeOptions, Transcriber
+    from extract.annotate.evidence.transcribe import TranscribeOptions, Transcriber
 
     return Transcriber.load(
         options.checkpoint,

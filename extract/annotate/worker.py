@@ -23,14 +23,14 @@ from cache.commit import Status
 from cache.errors import EmocacheError, SchemaError, StoreError
 from cache.schema import decode_json
 from cache.storage import LocalStorage
-from extract.annotate.action_units import load_units
-from extract.annotate.answers import AnswerCache, retried_outcomes
 from extract.annotate.asking import Asker, Purse, spent
 from extract.annotate.config import ANSWERS, CLUES, RESULTS, AnnotationConfig
-from extract.annotate.endpoint import EndpointClient
+from extract.annotate.endpoints.answers import AnswerCache, retried_outcomes
+from extract.annotate.endpoints.endpoint import EndpointClient
+from extract.annotate.evidence.action_units import load_units
+from extract.annotate.evidence.media import MediaReader
 from extract.annotate.job import created_s
 from extract.annotate.journal import Journal
-from extract.annotate.media import MediaReader
 from extract.annotate.results import RecordResult, Results, failed, is_wanted, result_key
 from extract.annotate.steps import Annotator, may_pass
 from extract.annotate.tools import Clues, Tools, make_detector

@@ -28,7 +28,7 @@ from pydantic import ValidationError
 
 from cache.errors import EmocacheError, MissingDependencyError, SchemaError, near_miss
 from cache.schema import describe
-from extract.annotate.action_units import AuTable, FrameUnits
+from extract.annotate.evidence.action_units import AuTable, FrameUnits
 from extract.failures import Failure, FailureKind
 
 PROGRAM = "FeatureExtraction"

@@ -1,8 +1,8 @@
 """Facial action units: the peak frame, what a face does in words, and the emotion that it hints at.
 
-A detector (`extract.annotate.detectors`) gives an `AuTable`, the intensities of each frame. Algorithm 1
-of the paper picks the frame with the highest sum; what that frame shows becomes the description of the
-visible expression (C_ved). Phrases and rules are data: action_units.json, or a user's own file.
+A detector (`extract.annotate.evidence.detectors`) gives an `AuTable`, the intensities of each frame.
+Algorithm 1 of the paper picks the frame with the highest sum; what that frame shows becomes the
+description of the visible expression (C_ved). Phrases and rules are data: action_units.json, or a user's own file.
 """
 
 from __future__ import annotations

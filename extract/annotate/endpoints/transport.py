@@ -17,10 +17,10 @@ from pydantic import Field, field_validator
 
 from cache.errors import EmocacheError, MissingDependencyError, near_miss
 from cache.schema import Model
-from extract.annotate.budget import Caps, TokenRates
-from extract.annotate.questions import Question, schema_request
-from extract.annotate.replies import BrokenReplyError, Reply, read_reply
-from extract.annotate.schedule import RetryPolicy, exhausted_wait_s, told_wait_s
+from extract.annotate.endpoints.budget import Caps, TokenRates
+from extract.annotate.endpoints.questions import Question, schema_request
+from extract.annotate.endpoints.replies import BrokenReplyError, Reply, read_reply
+from extract.annotate.endpoints.schedule import RetryPolicy, exhausted_wait_s, told_wait_s
 
 if TYPE_CHECKING:
     import openai

@@ -3,7 +3,7 @@
 A sample is drawn per corpus and label, and depends on the seed and the uids alone. An item is one record
 with the texts that are judged; its digest stands for these texts, so that a description that was made
 anew is another item. Ratings are JSON lines that are only ever appended; the last one of a rater about an
-item counts. What follows from them is in `extract.annotate.agreement`.
+item counts. What follows from them is in `extract.annotate.people.agreement`.
 """
 
 from __future__ import annotations

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from cache.errors import EmocacheError
-from extract.annotate.answers import Answer, AnswerCache
-from extract.annotate.budget import Budget, Reservation
-from extract.annotate.costs import Tally
-from extract.annotate.questions import Question
-from extract.annotate.replies import Outcome, Reply
-from extract.annotate.schedule import RateWindow, Streak, exhausted_wait_s
-from extract.annotate.transport import (
+from extract.annotate.endpoints.answers import Answer, AnswerCache
+from extract.annotate.endpoints.budget import Budget, Reservation
+from extract.annotate.endpoints.costs import Tally
+from extract.annotate.endpoints.questions import Question
+from extract.annotate.endpoints.replies import Outcome, Reply
+from extract.annotate.endpoints.schedule import RateWindow, Streak, exhausted_wait_s
+from extract.annotate.endpoints.transport import (
     AdaptedError,
     EndpointDownError,
     EndpointError,

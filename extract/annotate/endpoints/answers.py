@@ -32,7 +32,7 @@ from pydantic import Field
 from cache.errors import EmocacheError, SchemaError, near_miss
 from cache.files import create_once, fsync_folder
 from cache.schema import Model, decode_json
-from extract.annotate.replies import Outcome, parse_answer
+from extract.annotate.endpoints.replies import Outcome, parse_answer
 
 logger = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
-from extract.annotate.answers import Answer, AnswerCache, retried_outcomes
-from extract.annotate.costs import Price, RunReport, Tally
-from extract.annotate.questions import Question, QuestionError
-from extract.annotate.sending import Finished, Sender
-from extract.annotate.transport import EndpointOptions, api_key
+from extract.annotate.endpoints.answers import Answer, AnswerCache, retried_outcomes
+from extract.annotate.endpoints.costs import Price, RunReport, Tally
+from extract.annotate.endpoints.questions import Question, QuestionError
+from extract.annotate.endpoints.sending import Finished, Sender
+from extract.annotate.endpoints.transport import EndpointOptions, api_key
 
 REFRESH_S = 5.0
 """How often the cache is looked at for what other processes wrote."""

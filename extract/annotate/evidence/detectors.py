@@ -18,8 +18,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from cache.clip import Record
 from cache.errors import EmocacheError, SchemaError, near_miss
-from extract.annotate.action_units import AuTable
-from extract.annotate.openface import (
+from extract.annotate.evidence.action_units import AuTable
+from extract.annotate.evidence.openface import (
     DEADLINE_S,
     OpenFaceFailed,
     find_openface,
@@ -107,7 +107,7 @@ def detect(detector: FaceDetector, record: Record, path: Path) -> Detection:
     if not isinstance(found, Detection):
         raise SchemaError(
             f"the detector {type(detector).__name__} returned {type(found).__name__}, a Detection is "
-            "needed (extract.annotate.detectors)."
+            "needed (extract.annotate.evidence.detectors)."
         )
     return found
 
@@ -167,7 +167,7 @@ class OpenFaceBinary:
 
 def _is_sound(path: Path) -> bool:
     """Return whether a file that OpenFace did not open is a sound file, by a decoder process."""
-    from extract.annotate.media import has_only_sound
+    from extract.annotate.evidence.media import has_only_sound
 
     return has_only_sound(path)
 
@@ -288,5 +288,5 @@ def load_detector(name: str, options: Sequence[str] = ()) -> FaceDetector:
 def _no_detector(name: str, found: object) -> str:
     return (
         f"detector {name!r} is a {type(found).__name__}; a detector has a text `method` and a function "
-        "`detect(record, path)` (extract.annotate.detectors.FaceDetector)."
+        "`detect(record, path)` (extract.annotate.evidence.detectors.FaceDetector)."
     )

@@ -26,7 +26,7 @@ from cache.errors import SchemaError, near_miss
 from cache.labels import LabelField
 from cache.manifest import Header
 from cache.schema import Model
-from extract.annotate.contradiction import Contradictions, unquoted
+from extract.annotate.people.contradiction import Contradictions, unquoted
 
 Filter = Literal[
     "length", "language", "contradiction", "copied", "repetition", "shared", "ids", "meta"

@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import Literal
 
 from cache.schema import Model
-from extract.annotate.review import ASPECTS, Aspect, Rating, latest
+from extract.annotate.people.review import ASPECTS, Aspect, Rating, latest
 
 Weights = Literal["linear", "quadratic"]
 _Item = tuple[str, str]

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from cache.errors import EmocacheError
 from cache.schema import Model
-from extract.annotate.questions import Question
+from extract.annotate.endpoints.questions import Question
 
 BYTES_PER_TOKEN = 4.0
 """Of English text, on average; for expectations, never for the cap."""

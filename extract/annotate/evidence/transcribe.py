@@ -4,7 +4,7 @@
     found = transcriber.transcribe(waveform, language=record.language)
     found.subtitle          # None where nobody speaks
 
-Sound comes from `extract.decode` (by way of `extract.annotate.media`); no ffmpeg program is needed.
+Sound comes from `extract.decode` (by way of `extract.annotate.evidence.media`); no ffmpeg program is needed.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import Field
 
 from cache.schema import Model
-from extract.annotate.budget import BYTES_PER_TOKEN
+from extract.annotate.endpoints.budget import BYTES_PER_TOKEN
 
 _MILLION = 1_000_000
 

@@ -1,0 +1,1 @@
+"""What people say about annotations, and what filters find before them."""
