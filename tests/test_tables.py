@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from cache.errors import ManifestError, SchemaError
 from extract.corpora.registry import reader
-from extract.corpora.tables import Row, read_path, read_table
+from extract.corpora.tables import read_path, read_table
+from extract.corpora.values import Row
 
 ROWS = [
     {"id": "1", "text": "Well, yes; or | no", "emotion": "joy"},

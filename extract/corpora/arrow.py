@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from cache.errors import ManifestError, MissingDependencyError, near_miss
+from extract.corpora.reading import check_options, relative
 from extract.corpora.values import Flat
 
 ClassNames = Mapping[str, Sequence[str]]
@@ -100,8 +101,6 @@ def read_datasets(
         ManifestError: The library cannot read it.
         MissingDependencyError: The library is not installed.
     """
-    from extract.corpora.tables import check_options, relative
-
     home = file if file.is_dir() else file.parent
     name = relative(home, folder)
     name = folder.name if name == "." else name

@@ -10,9 +10,9 @@ import yaml
 
 from cache.errors import SchemaError, near_miss
 from cache.schema import decode
+from extract.corpora.reading import Reader
 from extract.corpora.row import CorpusRow
 from extract.corpora.tables import READERS as GENERIC
-from extract.corpora.tables import Reader
 
 ROWS = Path(__file__).parent / "rows"
 """A YAML file for each corpus that ships with the project."""

@@ -8,10 +8,11 @@ from pathlib import Path, PurePosixPath
 
 from cache.errors import ManifestError, SchemaError, near_miss
 from extract.corpora.findings import MappingReport, Places
+from extract.corpora.reading import relative
 from extract.corpora.registry import reader
 from extract.corpora.row import Cell, CorpusRow, Join, Layout, Source, Template
-from extract.corpora.tables import Row, relative
 from extract.corpora.templates import Render, columns_of, compile_template
+from extract.corpora.values import Row
 
 _FIRST_ROWS = 1000
 """Rows whose columns together are taken for those of the file; objects may leave some out."""

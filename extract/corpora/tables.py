@@ -6,23 +6,16 @@ A row is `(where, {column: value})`; `where` is for people: `train.csv, line 12`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cache.errors import ManifestError, near_miss
+from cache.errors import ManifestError
 from extract.corpora.delimited import read_delimited
 from extract.corpora.objects import read_objects
+from extract.corpora.reading import Reader, check_options, relative
 from extract.corpora.values import Flat, Row
-
-__all__ = (
-    "OPTIONS", "READERS", "Reader", "Row", "check_options", "compile_pattern", "read_path",
-    "read_table", "relative",
-)  # fmt: skip
-
-Reader = Callable[[Path, Path, Mapping[str, Any]], Iterator[Row]]
-"""Called with the file, the dataset's folder and the options of the source."""
 
 OPTIONS = ("delimiter", "encoding", "quote", "columns", "key", "records", "separator", "pattern")
 """Of the reader `table`."""
@@ -76,26 +69,6 @@ def read_path(file: Path, folder: Path, options: Mapping[str, Any]) -> Iterator[
     if pattern := options.get("pattern"):
         row.update(_parts(str(pattern), name))
     yield name, row
-
-
-def relative(file: Path, folder: Path) -> str:
-    """Return a file's path below the dataset's folder, with forward slashes."""
-    try:
-        return file.relative_to(folder).as_posix()
-    except ValueError:
-        return file.name
-
-
-def check_options(
-    options: Mapping[str, Any], allowed: Sequence[str], where: str, reader: str
-) -> None:
-    """Refuse an option that a reader does not know, with a near miss."""
-    for option in options:
-        if option not in allowed:
-            raise ManifestError(
-                f"{where}: the reader '{reader}' has no option {option!r}."
-                f"{near_miss(option, allowed)} Allowed: {', '.join(allowed)}."
-            )
 
 
 def _parts(pattern: str, path: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from extract.corpora.readers.cmu import read_folds, read_opinions, read_segments
 from extract.corpora.readers.faces import read_bold, read_dfew, read_mafw
 from extract.corpora.readers.iemocap import read_evaluation, read_transcription
 from extract.corpora.readers.npz import read_npz
-from extract.corpora.tables import Reader
+from extract.corpora.reading import Reader
 
 READERS: dict[str, Reader] = {
     "iemocap-evaluation": read_evaluation,

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import ManifestError
-from extract.corpora.tables import OPTIONS, check_options, read_table, relative
+from extract.corpora.reading import check_options, relative
+from extract.corpora.tables import OPTIONS, read_table
 from extract.corpora.values import Row
 
 _CREMA_D = re.compile(r"(\d{4})_([A-Z]{3})_([A-Z]{3})_([A-Z]{1,2})")

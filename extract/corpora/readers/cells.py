@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import ManifestError, near_miss
-from extract.corpora.tables import OPTIONS, check_options, read_table, relative
+from extract.corpora.reading import check_options, relative
+from extract.corpora.tables import OPTIONS, read_table
 from extract.corpora.values import Row
 
 MAX_LIST_CHARS = 10_000

@@ -13,7 +13,7 @@ from typing import Any
 from cache.errors import ManifestError
 from extract.corpora.readers.csd import ComputationalSequence, opened
 from extract.corpora.readers.lines import numbered_lines
-from extract.corpora.tables import check_options, relative
+from extract.corpora.reading import check_options, relative
 from extract.corpora.values import Row
 
 MAX_SOURCE_BYTES = 4 * 2**20

@@ -9,7 +9,8 @@ from typing import Any
 
 from cache.errors import ManifestError
 from extract.corpora.readers.lines import numbered_lines
-from extract.corpora.tables import check_options, read_table, relative
+from extract.corpora.reading import check_options, relative
+from extract.corpora.tables import read_table
 from extract.corpora.values import Row
 
 BOLD_CATEGORIES = (

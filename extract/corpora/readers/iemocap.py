@@ -17,7 +17,7 @@ from typing import Any
 
 from cache.errors import ManifestError
 from extract.corpora.readers.lines import numbered_lines
-from extract.corpora.tables import check_options
+from extract.corpora.reading import check_options
 from extract.corpora.values import Row
 
 _NUMBER = r"-?\d+(?:\.\d+)?"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cache.errors import ManifestError
-from extract.corpora.tables import relative
+from extract.corpora.reading import relative
 
 MAX_LINE_CHARS = 1 << 20
 """No annotation has longer lines; a damaged or foreign file may be one line of gigabytes."""

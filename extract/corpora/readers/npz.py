@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cache.errors import ManifestError
-from extract.corpora.tables import check_options, relative
+from extract.corpora.reading import check_options, relative
 from extract.corpora.values import Row
 
 MAX_BYTES = 2**30
