@@ -2,8 +2,8 @@
 
 `extract.annotate.endpoints.endpoint` asks a row of questions of one endpoint. Annotation has questions
 that depend on answers of other endpoints, for many clips side by side: an `Asker` takes each when it
-comes, and gives a future. What is spent counts together, over all endpoints of this process and, as far as they have
-told, over all workers of the job.
+comes, and gives a future. What is spent counts together, over all endpoints of this process and, as far
+as they have told, over all workers of the job.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A detector (`extract.annotate.evidence.detectors`) gives an `AuTable`, the intensities of each frame.
 Algorithm 1 of the paper picks the frame with the highest sum; what that frame shows becomes the
-description of the visible expression (C_ved). Phrases and rules are data: action_units.json, or a user's own file.
+description of the visible expression (C_ved). Phrases and rules are data: action_units.json, or a user's
+own file.
 """
 
 from __future__ import annotations
