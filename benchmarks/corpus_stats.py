@@ -25,13 +25,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from cache.clip import Clip, Description, Peak, Record, Subtitle
-from cache.labels import LabelField
-from cache.manifest import CorpusNote, Header, ManifestWriter
-from extract.corpora.registry import corpus_ids, corpus_row
-from extract.corpora.row import CorpusRow
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # ahead of this folder, in which `extract` is a benchmark
+
+from cache.clip import Clip, Description, Peak, Record, Subtitle  # noqa: E402
+from cache.labels import LabelField  # noqa: E402
+from cache.manifest import CorpusNote, Header, ManifestWriter  # noqa: E402
+from extract.corpora.registry import corpus_ids, corpus_row  # noqa: E402
+from extract.corpora.row import CorpusRow  # noqa: E402
+
 UNITS = (
     "01",
     "02",

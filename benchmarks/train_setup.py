@@ -542,7 +542,7 @@ class OnlineReader:
 
         requests = [request_of(spec, record) for spec in self._online]
         path = self._media / record.media
-        return prepare_inputs(path, record.clip.sha256, record.media, requests)
+        return prepare_inputs(path, record.sha256, record.media, requests)
 
 
 def write_media(folder: Path, real: Path, n_clips: int) -> list[Record]:
@@ -565,9 +565,9 @@ def write_media(folder: Path, real: Path, n_clips: int) -> list[Record]:
     whole = [
         record
         for record in manifest.records
-        if record.clip.has_audio
-        and record.clip.has_video
-        and 1.5 < (record.clip.duration_s or 0) <= 15
+        if record.seen_clip.has_audio
+        and record.seen_clip.has_video
+        and 1.5 < (record.seen_clip.duration_s or 0) <= 15
     ]
     whole.sort(key=lambda record: ("/real/" not in record.uid, record.uid))
     half = whole[: n_clips // 2]

@@ -18,6 +18,12 @@ err = Console(stderr=True)
 
 DONE, FINDINGS, REFUSED, INTERRUPTED = 0, 1, 2, 130
 """Exit codes."""
+_EXTRAS = {
+    "openai": "annotate", "jsonschema": "annotate", "h5py": "exchange", "datasets": "hub",
+    "extract": "extract", "index": "extract", "train": "train", "annotate": "extract,annotate",
+    "annotate_worker": "extract,annotate",
+}  # fmt: skip
+"""Library, or else verb -> what to install."""
 
 
 def verb(function: Callable[..., int]) -> Callable[..., None]:
@@ -33,9 +39,8 @@ def verb(function: Callable[..., int]) -> Callable[..., None]:
             err.print(str(error), markup=False, highlight=False, soft_wrap=True)
             code = INTERRUPTED if stopped else REFUSED
         except ModuleNotFoundError as error:
-            extra = {"extract": "extract", "index": "extract", "train": "train"}.get(
-                function.__name__.removesuffix("_command"), "all"
-            )
+            verb_name = function.__name__.removesuffix("_command")
+            extra = _EXTRAS.get(str(error.name).partition(".")[0]) or _EXTRAS.get(verb_name, "all")
             err.print(
                 f"emocache: {error.name} is not installed. pip install 'emocache[{extra}]'",
                 markup=False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -14,6 +14,7 @@ from cache.errors import SchemaError
 from eval.console import DONE, FINDINGS, err, out, verb
 
 if TYPE_CHECKING:
+    from cache.clip import Record
     from cache.selection import OnRecord, Per
     from train.export import ExportStyle
     from train.tasks import Asked
@@ -331,16 +332,17 @@ def corpus_export(
     from train.tasks import FAMILIES, TASKS
 
     tasks = [choice(name, (*TASKS, *FAMILIES), "--task") for name in task or ()]
-    n = export_conversations(
-        iter_records(manifest),
-        out_file,
-        header=read_header(manifest),
-        style=cast("ExportStyle", choice(style, EXPORT_STYLES, "--style")),
-        preset=configure(preset, None),
-        tasks=cast("list[Asked]", tasks) or None,
-        split=split,
-        seed=seed,
-    )
+    with _watched("exporting", [manifest]) as on_record:
+        n = export_conversations(
+            _told(iter_records(manifest), on_record),
+            out_file,
+            header=read_header(manifest),
+            style=cast("ExportStyle", choice(style, EXPORT_STYLES, "--style")),
+            preset=configure(preset, None),
+            tasks=cast("list[Asked]", tasks) or None,
+            split=split,
+            seed=seed,
+        )
     _say(f"{n:,} conversations in {out_file}")
     return DONE
 
@@ -354,6 +356,12 @@ def _watched(what: str, manifests: Sequence[Path]) -> Iterator[OnRecord]:
     total = sum(count_records(path) for path in manifests)
     with progress_bar(err, what, total, "records") as bar:
         yield bar.advance
+
+
+def _told(records: Iterable[Record], on_record: OnRecord) -> Iterator[Record]:
+    for record in records:
+        yield record
+        on_record()
 
 
 def _say(line: str) -> None:

@@ -192,6 +192,7 @@ def test_a_corpus_without_row_is_told(tmp_path: Path) -> None:
     (note,) = of(found, "row")
     assert "--mapping" in note.what
     assert found.counts == ()
+    assert found.facts == ()  # the paper is nothing to a user's own corpus
 
 
 @pytest.mark.fault("wrong counts")

@@ -110,6 +110,33 @@ def test_a_uid_in_two_manifests_is_refused_with_both_and_nothing_replaced(tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.parquet", "b.parquet", "m.parquet"]
 
 
+@pytest.mark.fault("damaged record")
+def test_a_damaged_record_in_the_middle_replaces_nothing(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = write(tmp_path / "m.parquet", [record(f"a/{i}") for i in range(9000)])
+    other = write(tmp_path / "o.parquet", [record("b/1")])
+    before = other.read_bytes()
+    table = pq.read_table(path)
+    media = table["media"].to_pylist()
+    media[8000] = "../outside.mp4"
+    place = table.schema.get_field_index("media")
+    table = table.set_column(place, table.schema.field(place), pa.array(media))
+    pq.write_table(table, path, row_group_size=4096)
+    works: list[Any] = [
+        lambda: merge_manifests([other, path], other),
+        lambda: filter_manifest(path, other, ["split=train"]),
+        lambda: sample_manifest(path, other, 9000),
+        lambda: deduplicate(path, other),
+    ]
+    for work in works:
+        with pytest.raises(SchemaError, match=r"row 8000 .*inside the media root"):
+            work()
+        assert other.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.parquet", "o.parquet"]
+
+
 # Filter
 
 

@@ -166,7 +166,7 @@ def check_manifest(
         corpora=corpora,
         findings=tuple(sorted(findings, key=lambda found: found.severity)),
         counts=tuple(counts),
-        facts=(*paper_facts(), *_here(tallies)) if with_counts else (),
+        facts=_facts(tallies) if with_counts else (),
     )
 
 
@@ -190,28 +190,32 @@ def paper_facts() -> tuple[str, ...]:
     )
 
 
-def _here(tallies: Mapping[str, _Tally]) -> Iterator[str]:
-    """Yield how much of the paper's two tables a manifest holds."""
+def _facts(tallies: Mapping[str, _Tally]) -> tuple[str, ...]:
+    """Return what the paper's numbers add up to and how much of them is here; nothing without any."""
     rows = [corpus_row(name) for name in corpus_ids()]
     of_table = {r.id: r.expected.mmeverse for r in rows if r.expected.mmeverse is not None}
     here = [name for name in of_table if name in tallies]
+    items = sum((tally.benchmarks for tally in tallies.values()), Counter[str]())
+    known = {name for row in rows for name in row.expected.benchmarks}
+    there = [name for name in items if name in known]
+    if not here and not there:
+        return ()
+    facts = [*paper_facts()]
     if here:
         n = sum(tallies[name].n for name in here)
         expected = sum(of_table[name] for name in here)
         missing = [name for name in of_table if name not in tallies]
         rest = f"; without {', '.join(missing)}" if missing else ""
-        yield (
+        facts.append(
             f"Here: {n:,} records of {len(here)} of the {len(of_table)} corpora, which Table 1 counts as "
             f"{expected:,}{rest}."
         )
-    items = sum((tally.benchmarks for tally in tallies.values()), Counter[str]())
-    known = {name for row in rows for name in row.expected.benchmarks}
-    there = [name for name in items if name in known]
     if there:
-        yield (
+        facts.append(
             f"Here: {sum(items[name] for name in there):,} evaluation items of {len(there)} of the "
             f"{len(known)} benchmarks."
         )
+    return tuple(facts)
 
 
 def _notes(corpus: str, tally: _Tally, row: CorpusRow | None) -> Iterator[Finding]:
