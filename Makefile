@@ -33,12 +33,12 @@ layers: $(INSTALLED)
 	$(BIN)/lint-imports
 
 pytest: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m 'not cluster and not slow'
-	$(BIN)/python -m pytest -n 2 -m 'cluster and not slow'
+	$(BIN)/python -m pytest -n 2 -m 'not cluster and not slow and not slurm'
+	$(BIN)/python -m pytest -n 2 -m 'cluster and not slow and not slurm'
 
-# What takes longer: more rounds of the same faults, and whole trainings.
+# What takes longer: more rounds of the same faults, whole trainings, and a Slurm of its own.
 slow: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 -m 'slow or slurm'
 
 full-size: $(INSTALLED)
 	$(BIN)/python benchmarks/full_size.py

@@ -1478,27 +1478,27 @@ def plot(path: Path, costs: Costs, tables: Mapping[str, Sequence[Row]], seed: in
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from eval.plots import _PAPER, _settings
+    from eval.figures import PAPER, settings_of
 
-    settings = {**_settings(_PAPER, "cluster_model"), "svg.fonttype": "path"}
+    settings = {**settings_of(PAPER, "cluster_model"), "svg.fonttype": "path"}
     with rc_context(settings):
         figure = Figure(figsize=(11, 4.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         draw_efficiency(left, costs, seed)
         draw_repeated(right, tables)
         for axes in (left, right):
-            axes.grid(axis="y", color=_PAPER.rule, lw=0.8)
+            axes.grid(axis="y", color=PAPER.rule, lw=0.8)
             axes.set_axisbelow(True)
-            axes.tick_params(which="both", color=_PAPER.rule)
+            axes.tick_params(which="both", color=PAPER.rule)
             axes.spines[["top", "right", "left"]].set_visible(False)
-            axes.spines["bottom"].set_color(_PAPER.rule)
+            axes.spines["bottom"].set_color(PAPER.rule)
         metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, dpi=150, facecolor=_PAPER.ground, metadata=metadata)
+        figure.savefig(path, dpi=150, facecolor=PAPER.ground, metadata=metadata)
 
 
 def draw_efficiency(axes: Axes, costs: Costs, seed: int) -> None:
     """Draw a curve for each design and unit size, named at its beginning."""
-    from eval.plots import _PAPER
+    from eval.figures import PAPER
 
     offset: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9}
     for design, unit_clips in PLOT_CURVES:
@@ -1508,7 +1508,7 @@ def draw_efficiency(axes: Axes, costs: Costs, seed: int) -> None:
         )  # fmt: skip
         values = [100 * row.outcome.efficiency for row in run_case(case, seed)]
         is_amended = design is AMENDED
-        colour = _PAPER.accent if is_amended else _PAPER.warn
+        colour = PAPER.accent if is_amended else PAPER.warn
         alpha = 1.0 if unit_clips == max(n for _, n in PLOT_CURVES) else 0.6
         axes.plot(PLOT_WORKERS, values, color=colour, alpha=alpha, marker="o", ms=3, lw=1.6)
         axes.annotate(
@@ -1535,7 +1535,7 @@ def draw_efficiency(axes: Axes, costs: Costs, seed: int) -> None:
 
 def draw_repeated(axes: Axes, tables: Mapping[str, Sequence[Row]]) -> None:
     """Draw what is encoded twice where workers are killed."""
-    from eval.plots import _PAPER
+    from eval.figures import PAPER
 
     offset: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9}
     nothing = []
@@ -1551,7 +1551,7 @@ def draw_repeated(axes: Axes, tables: Mapping[str, Sequence[Row]]) -> None:
             continue
         sizes = [row.unit_clips for row in shown]
         values = [100 * row.outcome.repeated for row in shown]
-        colour = _PAPER.warn if is_cpu else _PAPER.accent
+        colour = PAPER.warn if is_cpu else PAPER.accent
         style = "--" if is_warned else "-"
         axes.plot(sizes, values, color=colour, marker="o", ms=3, lw=1.6, ls=style)
         axes.annotate(
@@ -1564,7 +1564,7 @@ def draw_repeated(axes: Axes, tables: Mapping[str, Sequence[Row]]) -> None:
         )
     for number, name in enumerate(nothing):
         axes.text(
-            0.98, 0.04 + 0.05 * number, f"{name}: less than 0.001 %", color=_PAPER.accent,
+            0.98, 0.04 + 0.05 * number, f"{name}: less than 0.001 %", color=PAPER.accent,
             transform=axes.transAxes, ha="right", fontsize=9,
         )  # fmt: skip
     axes.set_xscale("log", base=2)

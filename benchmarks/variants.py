@@ -381,9 +381,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from eval.plots import _PAPER, _settings
+    from eval.figures import PAPER, settings_of
 
-    with rc_context({**_settings(_PAPER, "variants"), "svg.fonttype": FONT_TYPE}):
+    with rc_context({**settings_of(PAPER, "variants"), "svg.fonttype": FONT_TYPE}):
         places, heads = _places(rows)
         figure = Figure(figsize=(10, 0.8 + 0.34 * max(places)), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
@@ -400,18 +400,18 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 textcoords="offset points",
                 ha="right",
                 va="center",
-                color=_PAPER.muted,
+                color=PAPER.muted,
                 annotation_clip=False,
             )
         for axes in panels:
-            axes.grid(axis="x", color=_PAPER.rule, lw=0.8)
+            axes.grid(axis="x", color=PAPER.rule, lw=0.8)
             axes.set_axisbelow(True)
-            axes.tick_params(color=_PAPER.rule)
+            axes.tick_params(color=PAPER.rule)
             axes.tick_params(axis="y", length=0)
             axes.spines[["top", "right", "left"]].set_visible(False)
-            axes.spines["bottom"].set_color(_PAPER.rule)
+            axes.spines["bottom"].set_color(PAPER.rule)
         with write_aside(path) as aside:
-            figure.savefig(aside, format="svg", facecolor=_PAPER.ground, metadata={"Date": None})
+            figure.savefig(aside, format="svg", facecolor=PAPER.ground, metadata={"Date": None})
 
 
 def _places(rows: Sequence[Row]) -> tuple[list[int], Mapping[int, str]]:
@@ -431,7 +431,7 @@ def _places(rows: Sequence[Row]) -> tuple[list[int], Mapping[int, str]]:
 def _panel(
     axes: Axes, rows: Sequence[Row], places: Sequence[int], metric: Metric, label: str
 ) -> None:
-    from eval.plots import _PAPER
+    from eval.figures import PAPER
 
     for row, place in zip(rows, places, strict=True):
         summary = row.metrics[metric]
@@ -442,14 +442,14 @@ def _panel(
                 (0.02, place),
                 xycoords=("axes fraction", "data"),
                 va="center",
-                color=_PAPER.muted,
+                color=PAPER.muted,
                 fontsize=9,
-                bbox={"facecolor": _PAPER.ground, "lw": 0, "pad": 2},
+                bbox={"facecolor": PAPER.ground, "lw": 0, "pad": 2},
             )
             continue
         values = [100 * value for value in summary.values]
-        axes.plot([100 * summary.mean] * 2, [place - 0.3, place + 0.3], color=_PAPER.warn, lw=2.2)
-        axes.plot(values, [place] * len(values), "o", color=_PAPER.accent, ms=6, alpha=0.65, mew=0)
+        axes.plot([100 * summary.mean] * 2, [place - 0.3, place + 0.3], color=PAPER.warn, lw=2.2)
+        axes.plot(values, [place] * len(values), "o", color=PAPER.accent, ms=6, alpha=0.65, mew=0)
     axes.margins(x=0.08)
     axes.set_xlabel(label)
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from cache.clip import Record
 from cache.columns import read_columns
 from cache.errors import ManifestError, near_miss
-from cache.manifest import SCHEMA, _plain, iter_records, read_header
+from cache.manifest import SCHEMA, iter_records, plain_row, read_header
 from cache.schema import decode
 
 _NEIGHBOURS = 200
@@ -40,7 +40,7 @@ def find_record(path: Path, uid: str) -> Record:
                 place = pc.index(file.read_row_group(group, columns=["uid"])["uid"], uid).as_py()
                 if place >= 0:
                     row = file.read_row_group(group, columns=known).slice(place, 1).to_pylist()[0]
-                    record = decode(Record, _plain(row), f"{path} (uid {uid!r})")
+                    record = decode(Record, plain_row(row), f"{path} (uid {uid!r})")
                     try:
                         header.check(record)
                     except ValueError as error:

@@ -348,7 +348,7 @@ def iter_records(path: Path) -> Iterator[Record]:
         for batch in file.iter_batches(_ROWS, columns=None if is_first else later):
             for row in batch.to_pylist():
                 where = f"{path}, row {number} (uid {row.get('uid')!r})"
-                record = decode(Record, _first(row) if is_first else _plain(row), where)
+                record = decode(Record, _first(row) if is_first else plain_row(row), where)
                 if record.uid in uids:
                     raise ManifestError(f"{where}: duplicate uid; a uid names one record")
                 uids.add(record.uid)
@@ -406,7 +406,7 @@ def _row(record: Record) -> dict[str, Any]:
     return row
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
+def plain_row(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row as a Record takes it: no nulls where it has a default, mappings as such."""
     found = {name: value for name, value in row.items() if value is not None}
     for name, (key, value) in _MAPPINGS.items():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from cache.files import write_aside, write_text_aside
 from cache.labels import LabelField
 from eval.corpus_statistics import CorpusStatistics, Histogram, UnitCounts, total
-from eval.plots import _PAPER, Plot, _draw, _hide_spines, _plain, _Theme
+from eval.figures import PAPER, Plot, Theme, draw, hide_spines, one_line
 from extract.annotate.evidence.action_units import load_units
 from extract.corpora.check import BENCHMARK_GROUPS
 
@@ -57,7 +57,7 @@ def draw_corpus(stats: CorpusStatistics) -> dict[str, Plot]:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    builds: dict[str, Callable[[_Theme], Figure]] = {"splits": lambda t: _splits(stats, t)}
+    builds: dict[str, Callable[[Theme], Figure]] = {"splits": lambda t: _splits(stats, t)}
     for field, corpora in stats.labels.items():
         shown = {
             name: labels for name, labels in corpora.items() if any(map(total, labels.values()))
@@ -78,7 +78,7 @@ def draw_corpus(stats: CorpusStatistics) -> dict[str, Plot]:
             builds["action-units-by-emotion"] = lambda t: _units_by_emotion(units, t)
     if stats.benchmarks:
         builds["benchmarks"] = lambda t: _benchmarks(stats.benchmarks, t)
-    return {name: _draw(build, f"corpus-{name}") for name, build in builds.items()}
+    return {name: draw(build, f"corpus-{name}") for name, build in builds.items()}
 
 
 def write_plots(plots: Mapping[str, Plot], out_dir: Path) -> None:
@@ -92,15 +92,15 @@ def write_plots(plots: Mapping[str, Plot], out_dir: Path) -> None:
 def stand_alone(svg: str) -> str:
     """Return an SVG element of a page as a file of its own, with the colours of paper."""
     colours = {
-        "rule": _PAPER.rule, "muted": _PAPER.muted, "accent": _PAPER.accent, "warn": _PAPER.warn,
+        "rule": PAPER.rule, "muted": PAPER.muted, "accent": PAPER.accent, "warn": PAPER.warn,
     }  # fmt: skip
     svg = re.sub(r"var\(--(\w+)\)", lambda found: colours[found[1]], svg)
-    svg = svg.replace("currentColor", _PAPER.ink)
+    svg = svg.replace("currentColor", PAPER.ink)
     names = 'xmlns="http://www.w3.org/2000/svg" style="background:#ffffff"'
     return svg.replace("<svg", f"<svg {names}", 1) + "\n"
 
 
-def _splits(stats: CorpusStatistics, theme: _Theme) -> Figure:
+def _splits(stats: CorpusStatistics, theme: Theme) -> Figure:
     names = sorted(stats.corpora, key=lambda name: stats.corpora[name].n_records)
     figure, axes = _one(0.32 * len(names) + 1.1)
     splits = [s for s in stats.together.splits if s in _SPLIT_HUES]
@@ -116,7 +116,7 @@ def _splits(stats: CorpusStatistics, theme: _Theme) -> Figure:
         left = [a + b for a, b in zip(left, found, strict=True)]
     for y, value in enumerate(left):
         _value(axes, value, y, f"{value:,.0f}", theme)
-    axes.set_yticks(range(len(names)), [_plain(name) for name in names])
+    axes.set_yticks(range(len(names)), [one_line(name) for name in names])
     axes.set_xlim(0, 1.12 * max(left))
     _thousands(axes)
     axes.set_xlabel("records")
@@ -126,7 +126,7 @@ def _splits(stats: CorpusStatistics, theme: _Theme) -> Figure:
 
 
 def _labels(
-    field: LabelField, corpora: Mapping[str, Mapping[str, Mapping[str, int]]], theme: _Theme
+    field: LabelField, corpora: Mapping[str, Mapping[str, Mapping[str, int]]], theme: Theme
 ) -> Figure:
     """Draw one panel for each corpus, on one scale of shares."""
     panels = {
@@ -148,9 +148,9 @@ def _labels(
         axes.barh(range(len(counts)), shares, color=[hue_of(x) for x in counts], height=0.74)
         for y, share in enumerate(shares):
             _value(axes, share, y, f"{share:.1f}", theme)
-        axes.set_yticks(range(len(counts)), [_plain(label, 16) for label in counts])
+        axes.set_yticks(range(len(counts)), [one_line(label, 16) for label in counts])
         _shares(axes, 122 * highest)
-        axes.set_title(f"{_plain(corpus)}  n = {sums[corpus]:,}", fontsize=10, color=theme.ink)
+        axes.set_title(f"{one_line(corpus)}  n = {sums[corpus]:,}", fontsize=10, color=theme.ink)
         _finish(axes, theme, "x")
     _label_below(grid, "share of the labels, %")
     if hues:
@@ -159,7 +159,7 @@ def _labels(
     return figure
 
 
-def _families(emotions: Mapping[str, Mapping[str, Mapping[str, int]]], theme: _Theme) -> Figure:
+def _families(emotions: Mapping[str, Mapping[str, Mapping[str, int]]], theme: Theme) -> Figure:
     """Draw the corpora below each other, each bar 100 %, labels by kin."""
     names = [name for name, labels in emotions.items() if any(map(total, labels.values()))][::-1]
     figure, axes = _one(0.36 * len(names) + 1.2)
@@ -179,10 +179,10 @@ def _families(emotions: Mapping[str, Mapping[str, Mapping[str, int]]], theme: _T
             if share >= 4:
                 axes.text(
                     left[y] + share / 2, y, f"{share:.0f}", ha="center", va="center_baseline",
-                    color=_PAPER.ink if hue in _DARK_TEXT else "#ffffff", fontsize=9,
+                    color=PAPER.ink if hue in _DARK_TEXT else "#ffffff", fontsize=9,
                 )  # fmt: skip
         left = [a + b for a, b in zip(left, found, strict=True)]
-    axes.set_yticks(range(len(names)), [_plain(name) for name in names])
+    axes.set_yticks(range(len(names)), [one_line(name) for name in names])
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of the corpus's emotion labels, %")
     _legend(figure)
@@ -190,7 +190,7 @@ def _families(emotions: Mapping[str, Mapping[str, Mapping[str, int]]], theme: _T
     return figure
 
 
-def _durations(found: Histogram, median_s: float, theme: _Theme) -> Figure:
+def _durations(found: Histogram, median_s: float, theme: Theme) -> Figure:
     figure, axes = _one(3.4)
     main = [*found.counts[:-1], found.counts[-1] - found.n_beyond]
     axes.stairs(main, found.edges, fill=True, color=theme.accent)
@@ -216,7 +216,7 @@ def _durations(found: Histogram, median_s: float, theme: _Theme) -> Figure:
     return figure
 
 
-def _units(found: UnitCounts, theme: _Theme) -> Figure:
+def _units(found: UnitCounts, theme: Theme) -> Figure:
     names = load_units().units
     figure, axes = _one(0.27 * len(found.units) + 0.9)
     shares = [100 * n / found.n_records for n in found.units.values()]
@@ -225,7 +225,7 @@ def _units(found: UnitCounts, theme: _Theme) -> Figure:
         _value(axes, share, y, f"{share:.1f}  ({n:,})", theme)
     axes.set_yticks(
         range(len(shares)),
-        [f"{u}  {names[u].name}" if u in names else _plain(u) for u in found.units],
+        [f"{u}  {names[u].name}" if u in names else one_line(u) for u in found.units],
     )
     axes.set_ylim(len(shares) - 0.4, -0.6)
     _shares(axes, 1.2 * max(shares) or 1)
@@ -234,7 +234,7 @@ def _units(found: UnitCounts, theme: _Theme) -> Figure:
     return figure
 
 
-def _units_by_emotion(found: UnitCounts, theme: _Theme) -> Figure:
+def _units_by_emotion(found: UnitCounts, theme: Theme) -> Figure:
     chosen = list(found.by_emotion)[:MAX_EMOTIONS]
     names = load_units().units
     figure, grid = _panels([max(map(len, found.by_emotion.values()), default=1)] * len(chosen))
@@ -249,17 +249,17 @@ def _units_by_emotion(found: UnitCounts, theme: _Theme) -> Figure:
         axes.barh(range(len(units)), list(units.values()), color=_hue(emotion), height=0.74)
         for y, share in enumerate(units.values()):
             _value(axes, share, y, f"{share:.0f}", theme)
-        labels = [f"{_plain(names[u].name, 20)} {u[2:]}" if u in names else u for u in units]
+        labels = [f"{one_line(names[u].name, 20)} {u[2:]}" if u in names else u for u in units]
         axes.set_yticks(range(len(units)), labels, fontsize=8)
         _shares(axes, 1.2 * highest)
         n = found.n_of_emotion[emotion]
-        axes.set_title(f"{_plain(emotion)}  n = {n:,}", fontsize=10, color=theme.ink)
+        axes.set_title(f"{one_line(emotion)}  n = {n:,}", fontsize=10, color=theme.ink)
         _finish(axes, theme, "x")
     _label_below(grid, "share of the records, %")
     return figure
 
 
-def _benchmarks(counts: Mapping[str, int], theme: _Theme) -> Figure:
+def _benchmarks(counts: Mapping[str, int], theme: Theme) -> Figure:
     """Draw the benchmarks by the groups of the paper's Table 2, with its counts as marks."""
     from extract.corpora.registry import corpus_ids, corpus_row
 
@@ -296,7 +296,7 @@ def _benchmarks(counts: Mapping[str, int], theme: _Theme) -> Figure:
             highest = max(highest, counts[name], expected or 0)
             _value(axes, max(counts[name], expected or 0), y, text, theme)
             ticks.append(y)
-            labels.append(_plain(name))
+            labels.append(one_line(name))
             y += 1
         y += 0.6
     axes.set_yticks(ticks, labels)
@@ -348,7 +348,7 @@ def _shares(axes: Axes, limit: float) -> None:
     axes.set_xticks([tick for tick in ticks if 0 <= tick <= min(limit, 100)])
 
 
-def _value(axes: Axes, x: float, y: float, text: str, theme: _Theme) -> None:
+def _value(axes: Axes, x: float, y: float, text: str, theme: Theme) -> None:
     """Write a number behind the end of a bar."""
     note = axes.annotate(
         text, (x, y), xytext=(4, 0), textcoords="offset points", va="center_baseline", fontsize=8,
@@ -376,12 +376,12 @@ def _legend(figure: Figure, n_columns: int = 8, hues: Mapping[str, str] | None =
     )  # fmt: skip
 
 
-def _finish(axes: Axes, theme: _Theme, grid: str) -> None:
+def _finish(axes: Axes, theme: Theme, grid: str) -> None:
     axes.grid(axis="x" if grid == "x" else "y", color=theme.rule, lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(color=theme.rule, labelsize=8.5)
     axes.tick_params(axis="y" if grid == "x" else "x", length=0)
-    _hide_spines(axes, "top", "right", "left" if grid == "y" else "bottom")
+    hide_spines(axes, "top", "right", "left" if grid == "y" else "bottom")
     axes.spines["bottom" if grid == "y" else "left"].set_color(theme.rule)
 
 

@@ -16,17 +16,9 @@ from cache.manifest import Header
 from eval.report import human_size
 from train.config import Preset
 from train.export import Preview, preview
-from train.instructions import (
-    LABELS_SLOT,
-    MAX_EXAMPLES,
-    NEUTRAL,
-    InstructionPools,
-    choose_instruction,
-    load_instructions,
-    option_list,
-    option_order,
-)
-from train.tasks import TASK_TABLE
+from train.instructions import LABELS_SLOT, InstructionPools
+from train.mixture import Ask
+from train.wording import Wording
 
 
 class Asked(NamedTuple):
@@ -48,42 +40,18 @@ def asked_of(record: Record, header: Header, preset: Preset) -> list[Asked]:
         ManifestError: The record's corpus has no label space for a task.
         SchemaError: The instructions have no templates for a task, or the answer cannot be rendered.
     """
-    pools = load_instructions(preset.prompt.instructions)
+    wording = Wording(preset, header)
     found = []
     for one in preview(record, header, preset):
-        options = _options(record, header, preset, one)
-        pool = pools.of(one.task)
-        template = choose_instruction(
-            one.task, preset.seed, record.uid, 0, pools, examples=bool(options)
-        )
+        template, options = wording.instruction(record, Ask(one.task, 0))
         listed = options if LABELS_SLOT in template else ()
-        found.append(Asked(one, _template_id(pools, one, template), len(pool), listed))
+        n_templates = len(wording.pools.of(one.task))
+        found.append(Asked(one, _template_id(wording.pools, one, template), n_templates, listed))
     return found
 
 
 def _template_id(pools: InstructionPools, one: Preview, template: str) -> str:
     return f"{pools.pool_id}/{one.task}/{pools.of(one.task).index(template)}"
-
-
-def _options(record: Record, header: Header, preset: Preset, one: Preview) -> tuple[str, ...]:
-    """Return the options as `train.wording` lists them."""
-    row = TASK_TABLE[one.task]
-    if row.label is None:
-        return ()
-    space = header.space(record.corpus, row.label)
-    assert space is not None  # the preview was rendered with it
-    place = preset.seed, record.uid, 0
-    if one.task == "open-vocabulary":
-        if not space.open:
-            return ()
-        return option_order(space.labels, *place, shuffle=True)[:MAX_EXAMPLES]
-    labels = space.labels
-    if preset.prompt.option_list == "label_conditional":
-        given = record.labels_of(row.label)
-        true = NEUTRAL if NEUTRAL in given else next(iter(given), None)
-        share = preset.prompt.neutral_free_share
-        labels = option_list(labels, true, *place, neutral_free_share=share)
-    return option_order(labels, *place, shuffle=True)
 
 
 def record_view(record: Record, header: Header) -> Group:

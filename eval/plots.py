@@ -1,23 +1,15 @@
-"""The figures of a report, each as inline SVG for the HTML page and as PNG beside Markdown.
-
-The SVG takes its colours from CSS variables of the page (`currentColor`, `--rule`, `--muted`,
-`--accent`, `--warn`), so one drawing serves light and dark mode. The hues, blue and vermilion of
-the Okabe-Ito palette, stay apart for colour-blind readers.
-"""
+"""The figures of a report, each as inline SVG for the HTML page and as PNG beside Markdown."""
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Callable, Sequence
-from io import BytesIO, StringIO
+from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from cache.errors import MissingDependencyError
 from cache.files import write_aside
 from cache.statistics import OUTLIER_FACTOR, TokenStatistics
+from eval.figures import Plot, Theme, draw, hide_spines, one_line
 from eval.metrics import SingleLabelScores
 
 if TYPE_CHECKING:
@@ -33,15 +25,6 @@ MAX_POINTS: Final = 2000
 
 _WHITE_TEXT_ABOVE: Final = 0.75
 """Share of a row from which dark text on a cell has less contrast than white text."""
-
-
-class Plot(NamedTuple):
-    """One figure in both forms."""
-
-    svg: str
-    """An `<svg>` element for an HTML page, without references to anything outside it."""
-    png: bytes
-    """The same on a white ground, 160 dots per inch."""
 
 
 class Curve(NamedTuple):
@@ -65,34 +48,13 @@ class Curve(NamedTuple):
         return max((*self.steps[-1:], *self.val_steps[-1:]))
 
 
-class _Theme(NamedTuple):
-    ink: str
-    rule: str
-    muted: str
-    accent: str
-    warn: str
-    ground: str
-
-
-_PAPER: Final = _Theme("#1b1f24", "#d5dae1", "#68707b", "#0072b2", "#d55e00", "#ffffff")
-# Colours that matplotlib can write and that mean nothing but the CSS colour they are replaced by.
-_STAND_IN: Final = _Theme("#010101", "#020202", "#030303", "#040404", "#050505", "none")
-_CSS: Final = {
-    _STAND_IN.ink: "currentColor",
-    _STAND_IN.rule: "var(--rule)",
-    _STAND_IN.muted: "var(--muted)",
-    _STAND_IN.accent: "var(--accent)",
-    _STAND_IN.warn: "var(--warn)",
-}
-
-
 def draw_confusion(scores: SingleLabelScores) -> Plot:
     """Draw a confusion matrix: colour is the share of the row, the text in a cell is the count.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    return _draw(lambda theme: _confusion(scores, theme), "confusion")
+    return draw(lambda theme: _confusion(scores, theme), "confusion")
 
 
 def draw_training(curves: Sequence[Curve]) -> Plot:
@@ -104,7 +66,7 @@ def draw_training(curves: Sequence[Curve]) -> Plot:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    return _draw(lambda theme: _training(curves, theme), "training")
+    return draw(lambda theme: _training(curves, theme), "training")
 
 
 def plot_statistics(statistics: TokenStatistics, path: Path) -> Plot:
@@ -117,18 +79,18 @@ def plot_statistics(statistics: TokenStatistics, path: Path) -> Plot:
         MissingDependencyError: matplotlib is not installed.
         OSError: `path` cannot be written.
     """
-    plot = _draw(lambda theme: _statistics(statistics, theme), f"statistics-{statistics.stream}")
+    plot = draw(lambda theme: _statistics(statistics, theme), f"statistics-{statistics.stream}")
     with write_aside(path) as aside:
         aside.write_bytes(plot.png)
     return plot
 
 
-def _confusion(scores: SingleLabelScores, theme: _Theme) -> Figure:
+def _confusion(scores: SingleLabelScores, theme: Theme) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     n = len(scores.labels)
-    names = [_plain(label) for label in scores.labels]
+    names = [one_line(label) for label in scores.labels]
     longest = max(map(len, names))
     width_in = 0.9 + 0.09 * longest + 0.54 * (n + 1.3)
     figure = Figure(figsize=(width_in, 0.7 + 0.07 * longest + 0.42 * n), layout="constrained")
@@ -169,11 +131,11 @@ def _confusion(scores: SingleLabelScores, theme: _Theme) -> Figure:
     axes.set_xlabel("predicted")
     axes.set_ylabel("truth")
     axes.tick_params(length=0)
-    _hide_spines(axes, "top", "right", "bottom", "left")
+    hide_spines(axes, "top", "right", "bottom", "left")
     return figure
 
 
-def _training(curves: Sequence[Curve], theme: _Theme) -> Figure:
+def _training(curves: Sequence[Curve], theme: Theme) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -201,7 +163,7 @@ def _training(curves: Sequence[Curve], theme: _Theme) -> Figure:
                 axes.axvline(start, color=theme.muted, lw=1, ls=(0, (4, 3)))
         middle = (start + curve.last_step) / 2
         top.annotate(
-            _plain(curve.stage, 40),
+            one_line(curve.stage, 40),
             (middle, 1),
             xycoords=("data", "axes fraction"),
             xytext=(0, 5),
@@ -224,7 +186,7 @@ def _training(curves: Sequence[Curve], theme: _Theme) -> Figure:
         axes.grid(axis="y", color=theme.rule, lw=0.8)
         axes.set_axisbelow(True)
         axes.tick_params(color=theme.rule)
-        _hide_spines(axes, "top", "right", "left")
+        hide_spines(axes, "top", "right", "left")
         axes.spines["bottom"].set_color(theme.rule)
     figure.align_ylabels(panels)
     return figure
@@ -255,7 +217,7 @@ def _series(
     )
 
 
-def _statistics(statistics: TokenStatistics, theme: _Theme) -> Figure:
+def _statistics(statistics: TokenStatistics, theme: Theme) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.8, 3.3), layout="constrained")
@@ -267,12 +229,12 @@ def _statistics(statistics: TokenStatistics, theme: _Theme) -> Figure:
         axes.grid(axis="y", color=theme.rule, lw=0.8)
         axes.set_axisbelow(True)
         axes.tick_params(which="both", color=theme.rule)
-        _hide_spines(axes, "top", "right", "left")
+        hide_spines(axes, "top", "right", "left")
         axes.spines["bottom"].set_color(theme.rule)
     return figure
 
 
-def _token_norms(axes: Axes, statistics: TokenStatistics, theme: _Theme) -> None:
+def _token_norms(axes: Axes, statistics: TokenStatistics, theme: Theme) -> None:
     shown, median = statistics.token_norms, statistics.token_norm.p50
     zeros = f", {statistics.n_zero_tokens:,} are 0" if statistics.n_zero_tokens else ""
     _head(axes, "token norms", f"median {median:.3g}{zeros}", theme)
@@ -290,7 +252,7 @@ def _token_norms(axes: Axes, statistics: TokenStatistics, theme: _Theme) -> None
         axes.set_xlim(0.93 * low, 1.07 * high)
 
 
-def _channel_rms(axes: Axes, statistics: TokenStatistics, theme: _Theme) -> None:
+def _channel_rms(axes: Axes, statistics: TokenStatistics, theme: Theme) -> None:
     values = sorted(statistics.channel_rms, reverse=True)
     outliers = statistics.outlier_channels
     note = f"{len(outliers) or 'none'} above {OUTLIER_FACTOR:g}x the median"
@@ -311,7 +273,7 @@ def _channel_rms(axes: Axes, statistics: TokenStatistics, theme: _Theme) -> None
         axes.set_ylim(0, values[0] * 1.08 or 1)
 
 
-def _lengths(axes: Axes, statistics: TokenStatistics, theme: _Theme) -> None:
+def _lengths(axes: Axes, statistics: TokenStatistics, theme: Theme) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_ylabel("clips")
@@ -331,7 +293,7 @@ def _lengths(axes: Axes, statistics: TokenStatistics, theme: _Theme) -> None:
     axes.set_xlim(min(lengths) - 2, max(lengths) + 2)
 
 
-def _head(axes: Axes, title: str, note: str, theme: _Theme) -> None:
+def _head(axes: Axes, title: str, note: str, theme: Theme) -> None:
     axes.set_title(f"{title}\n{note}", fontsize=9, color=theme.muted)
 
 
@@ -342,60 +304,3 @@ def _plain_numbers(axis: Axis, steps: Sequence[int] = (1,)) -> None:
     axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-def _draw(build: Callable[[_Theme], Figure], name: str) -> Plot:
-    """Build a figure in both themes and write it as SVG and PNG, with no global figure state."""
-    try:
-        from matplotlib import rc_context
-    except ImportError as error:
-        raise MissingDependencyError(
-            "The plots of a report need matplotlib: pip install 'emocache[eval]'"
-        ) from error
-    svg, png = StringIO(), BytesIO()
-    with warnings.catch_warnings():
-        # A label in a script that the font lacks is drawn as boxes in the PNG; the SVG has text.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        with rc_context(_settings(_STAND_IN, name)):
-            build(_STAND_IN).savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-        with rc_context(_settings(_PAPER, name)):
-            build(_PAPER).savefig(png, format="png", dpi=160, facecolor=_PAPER.ground)
-    return Plot(_inline(svg.getvalue(), name), png.getvalue())
-
-
-def _settings(theme: _Theme, name: str) -> dict[Any, Any]:
-    return {
-        "font.family": ["DejaVu Sans"],
-        "font.size": 10,
-        "text.parse_math": False,  # a label may hold dollar signs
-        "text.color": theme.ink,
-        "axes.labelcolor": theme.ink,
-        "xtick.labelcolor": theme.ink,
-        "ytick.labelcolor": theme.ink,
-        "svg.fonttype": "none",  # real text: selectable, in the font of the page
-        "svg.hashsalt": name,  # equal data, equal file
-    }
-
-
-def _inline(svg: str, name: str) -> str:
-    """Make a stand-alone SVG file an element of a page: own ids, page colours, no namespaces."""
-
-    def adapt(tag: re.Match[str]) -> str:
-        text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", tag[0])
-        text = text.replace("xlink:href=", "href=")
-        text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
-        return re.sub(r"#(0[1-5])\1\1\b", lambda color: _CSS[color[0]], text)
-
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return re.sub(r"<[^>]*>", adapt, svg).strip()
-
-
-def _hide_spines(axes: Axes, *sides: str) -> None:
-    axes.spines[list(sides)].set_visible(False)
-
-
-def _plain(text: str, limit: int = 22) -> str:
-    """Return a text on one line, without control characters, cut to what fits an axis."""
-    text = "".join(c for c in " ".join(text.split()) if c.isprintable())
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"

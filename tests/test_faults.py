@@ -581,7 +581,9 @@ def _bucket(
 
 
 @pytest.mark.parametrize("kind", ["drop before", "drop after", "cut body"])
-@pytest.mark.parametrize("every", [4, 5, 7])
+@pytest.mark.parametrize(
+    "every", [7, pytest.param(4, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_a_bucket_whose_connections_drop_loses_nothing(
     s3: str,
     specs: Specs,

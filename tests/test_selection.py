@@ -434,16 +434,17 @@ def test_memory_does_not_grow_with_the_records(tmp_path: Path) -> None:
                 own = (texts[0], texts[1].model_copy(update={"text": f"{part}{i} " * 200}))
                 writer.write(Record(uid=f"{part}/{i}", media=f"{i}", clip=clip, descriptions=own))
     code = f"""
-import resource
 from pathlib import Path
 from cache.selection import deduplicate, filter_manifest, merge_manifests
 here = Path({str(tmp_path)!r})
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_kib():  # not getrusage: a child starts with the peak of its parent there
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+before = peak_kib()
 merge_manifests([here / "a.parquet", here / "b.parquet"], here / "m.parquet")
 filter_manifest(here / "m.parquet", here / "f.parquet", ["corpus=a,b"])
 found = deduplicate(here / "f.parquet", here / "d.parquet")
 assert found.n_kept == 15_000, found
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak_kib() - before)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True,

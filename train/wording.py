@@ -86,10 +86,10 @@ class Wording:
         """
         config, row = self._config, TASK_TABLE[ask.task]
         place = self._seed, record.uid, ask.epoch
-        options, examples = self._options(record, row, ask, vary=vary)
+        template, options = self.instruction(record, ask, vary=vary)
         return render(
             ask.task,
-            choose_instruction(ask.task, *place, self.pools, examples=examples),
+            template,
             options,
             subtitle=record.subtitle(config.subtitle_language) if config.use_subtitle else None,
             person=record.person,
@@ -100,6 +100,19 @@ class Wording:
             answer_norm=config.answer_norm,
             turns=turns,
         )
+
+    def instruction(
+        self, record: Record, ask: Ask, *, vary: bool = True
+    ) -> tuple[str, tuple[str, ...]]:
+        """Return the template of a question, and the options in the order in which it lists them.
+
+        Raises:
+            ManifestError: The record's corpus has no label space for the task.
+            SchemaError: The pools have no templates for the task.
+        """
+        place = self._seed, record.uid, ask.epoch
+        options, examples = self._options(record, TASK_TABLE[ask.task], ask, vary=vary)
+        return choose_instruction(ask.task, *place, self.pools, examples=examples), options
 
     def check(self, records: Iterable[Record], tasks: Sequence[Task]) -> None:
         """Refuse what could not be rendered, before anything is trained.

@@ -15,14 +15,6 @@ from extract.corpora.row import CorpusRow
 _MIN_TWIN_CHARS = 12
 """A shorter subtitle ("Yeah.") is likely to be said twice."""
 
-SHARED_SPEAKERS: Mapping[str, str] = {
-    "meld": "the cast of one series speaks in all three files; the split is by dialogue",
-    "meld-dyadic": "the cast of one series speaks in all three files; the split is by dialogue",
-    "emorynlp": "the cast of one series speaks in all three files; the split is by episode",
-    "mc-eiu": "the casts of a few series speak in all splits; the split is by dialogue",
-}
-"""Corpora whose own protocol lets speakers stand in several splits, and why."""
-
 
 class Finding(Model):
     """Something about a corpus that a reader should know."""
@@ -134,9 +126,8 @@ class Leaks:
             if len(places) > 1:
                 found[corpus].append(f"{name}: {_line(places)}")
         for corpus, lines in sorted(found.items()):
-            reason = None
-            if kind == "speaker":
-                reason = SHARED_SPEAKERS.get(corpus) or _known_about(row_of(corpus), kind)
+            row = row_of(corpus) if kind == "speaker" else None
+            reason = (row.expected.shared_speakers or None) if row is not None else None
             yield Finding(
                 kind=kind,
                 severity="finding" if reason is None else "note",
@@ -149,12 +140,6 @@ class Leaks:
 
 def _line(places: Places) -> str:
     return ", ".join(f"{split}: {uid}" for split, uid in sorted(places.items()))
-
-
-def _known_about(row: CorpusRow | None, word: str) -> str | None:
-    if row is None:
-        return None
-    return next((text for text in row.expected.known if word in text), None)
 
 
 def _about_each_other(corpora: set[str], row_of: Callable[[str], CorpusRow | None]) -> str | None:

@@ -175,6 +175,8 @@ class Expected(Model):
     labels: dict[LabelField, dict[str, int]] = Field(default_factory=dict)
     benchmarks: dict[str, int] = Field(default_factory=dict)
     """Table 2 of the paper."""
+    shared_speakers: str = ""
+    """Why the same speakers stand in several splits, where the source's own protocol has it so."""
     known: tuple[str, ...] = ()
     """Deviations that are known, each with its reason, one sentence each."""
 
