@@ -59,7 +59,6 @@ def corpus(shared_clips: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return manifest, path
 
 
-@pytest.mark.slow
 def test_every_encoder_in_one_pass_on_two_workers_one_of_them_killed(
     slurm: Slurm,
     wanted: dict[str, TokenSpec],
