@@ -38,7 +38,8 @@ pytest: $(INSTALLED)
 
 # What takes longer: more rounds of the same faults, whole trainings, and a Slurm of its own.
 slow: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m 'slow or slurm'
+	$(BIN)/python -m pytest -n 2 -m '(slow or slurm) and not cluster'
+	$(BIN)/python -m pytest -n 2 -m '(slow or slurm) and cluster'
 
 full-size: $(INSTALLED)
 	$(BIN)/python benchmarks/full_size.py
