@@ -14,13 +14,13 @@ import typer
 from rich.logging import RichHandler
 from typer.core import TyperGroup
 
-from eval.annotate_verbs import annotate_app, annotate_worker_command
-from eval.console import DONE, REFUSED, err, out, verb
-from eval.corpus_verbs import corpus_app
-from eval.extract_verbs import extract_app, extract_worker_command
-from eval.index_verbs import index_command
-from eval.store_verbs import store_app
-from eval.train_verbs import (
+from eval.verbs.annotate import annotate_app, annotate_worker_command
+from eval.verbs.console import DONE, REFUSED, err, out, verb
+from eval.verbs.corpus import corpus_app
+from eval.verbs.extract import extract_app, extract_worker_command
+from eval.verbs.index import index_command
+from eval.verbs.store import store_app
+from eval.verbs.train import (
     ManifestOption,
     Overrides,
     StoreOption,
@@ -106,7 +106,7 @@ def show_command(
     with_file: WithOption = None,
 ) -> int:
     """Print the resolved configuration of a preset, as `--with` accepts it."""
-    from eval.arguments import configure
+    from eval.verbs.arguments import configure
 
     if preset is None:
         from eval.tables import preset_table
@@ -152,10 +152,10 @@ def evaluate_command(
     """Generate replies, score them, write predictions.jsonl and a report."""
     from cache.manifest import read_manifest
     from cache.store import TokenStore
-    from eval.arguments import check_device, one_of_these
     from eval.evaluate import evaluate
     from eval.progress import progress_bar
     from eval.report import score_table
+    from eval.verbs.arguments import check_device, one_of_these
 
     records = read_manifest(manifest)
     check_device(device)

@@ -828,7 +828,7 @@ def write_finished(folder: Path, n_clips: int) -> None:
     from cache.commit import ClipTokens, Status
     from cache.manifest import read_manifest
     from cache.store import TokenStore
-    from eval.arguments import wanted
+    from eval.verbs.arguments import wanted
     from extract.encoders.bank import EncoderBank
 
     manifest = folder / "finished.parquet"

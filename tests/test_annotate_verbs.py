@@ -14,10 +14,10 @@ from cache.clip import Record, Subtitle
 from cache.manifest import Manifest, read_manifest, write_manifest
 from cache.schema import decode_json
 from cache.storage import LocalStorage
-from eval import console
-from eval.annotate_verbs import REPORT
-from eval.annotate_view import annotation_line, annotation_panel, usage_of
 from eval.progress import Surroundings
+from eval.verbs import console
+from eval.verbs.annotate import REPORT
+from eval.verbs.annotate_view import annotation_line, annotation_panel, usage_of
 from extract.annotate.config import AnnotationConfig
 from extract.annotate.job import plan_annotation
 from extract.annotate.journal import Journal

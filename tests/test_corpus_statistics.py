@@ -13,9 +13,9 @@ import pytest
 from cache.clip import Description, Peak, Record, Subtitle
 from cache.labels import LABEL_FIELDS
 from cache.manifest import Header, ManifestWriter
-from eval.corpus_plots import FAMILIES, draw_corpus
-from eval.corpus_report import write_corpus_report
-from eval.corpus_statistics import CorpusStatistics, Histogram, measure_corpus, total
+from eval.corpora.plots import FAMILIES, draw_corpus
+from eval.corpora.report import write_corpus_report
+from eval.corpora.statistics import CorpusStatistics, Histogram, measure_corpus, total
 from extract.annotate.evidence.action_units import load_units, unit_frequencies
 from extract.corpora.registry import corpus_ids, corpus_row
 from tests.small_corpora import header, record, write

@@ -9,9 +9,9 @@ import pytest
 
 from cache.clip import Description, Peak, Subtitle
 from cache.manifest import read_header, read_manifest
-from eval import console
-from eval.corpus_verbs import VERBS, corpus_app
-from eval.corpus_view import asked_of
+from eval.corpora.view import asked_of
+from eval.verbs import console
+from eval.verbs.corpus import VERBS, corpus_app
 from extract.corpora.registry import corpus_ids, corpus_row
 from tests.small_corpora import digest, header, record, write
 from train.config import configure

@@ -31,12 +31,13 @@ from cache.recipes import token_specs
 from cache.schema import decode_json
 from cache.spec import TokenSpec
 from cache.store import TokenStore
-from eval import console, progress, worker_lines
-from eval.arguments import duration_s, retry_kinds, size_bytes, wanted, weights_of
-from eval.extract_verbs import VERBS
+from eval import progress
 from eval.extraction_report import nice_step, render_extraction_report, stages_of, timeline
 from eval.progress import JobView, Surroundings, human_time, job_line, job_view
 from eval.tables import MEANINGS, objects_to_write, plan_table, units_to_do
+from eval.verbs import console, worker_lines
+from eval.verbs.arguments import duration_s, retry_kinds, size_bytes, wanted, weights_of
+from eval.verbs.extract import VERBS
 from extract.failures import KINDS, Evidence
 from extract.jobs.job import Job, ReceiptFailure
 from extract.jobs.session import StageSeconds

@@ -33,7 +33,7 @@ from extract.corpora.demo import EMOTIONS, describe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 COMMAND = (
-    "import typer; from eval.review_verbs import quality_command\n"
+    "import typer; from eval.verbs.review import quality_command\n"
     "app = typer.Typer(); app.command()(quality_command); app()"
 )
 SPACES = {

@@ -25,7 +25,7 @@ from cache.clip import Description, Record, Subtitle
 from cache.errors import SchemaError
 from cache.labels import LabelSpace
 from cache.manifest import Header, Manifest, write_manifest
-from eval.review_verbs import agreement_command, review_command
+from eval.verbs.review import agreement_command, review_command
 from extract.annotate.people.agreement import agreement, cohen_kappa
 from extract.annotate.people.review import (
     ASPECTS,
@@ -504,7 +504,7 @@ def test_agreement_says_it_in_tables_and_as_json(
 
 
 _COMMAND = (
-    "import typer; from eval.review_verbs import review_command, agreement_command\n"
+    "import typer; from eval.verbs.review import review_command, agreement_command\n"
     "app = typer.Typer(); app.command('review')(review_command)\n"
     "app.command('agreement')(agreement_command); app()"
 )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 COMMAND = (
-    "import typer; from eval.review_verbs import review_command\n"
+    "import typer; from eval.verbs.review import review_command\n"
     "app = typer.Typer(); app.command()(review_command); app()"
 )
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>\"'`&lt;"

@@ -16,8 +16,8 @@ import pytest
 
 from cache.clip import Clip, Description, Record, Subtitle, file_sha256
 from cache.errors import SchemaError
-from eval.review_server import ReviewServer, byte_range
-from eval.review_session import ReviewSession
+from eval.review.server import ReviewServer, byte_range
+from eval.review.session import ReviewSession
 from extract.annotate.people.review import RatingsFile, Sampling, draw_sample, read_ratings
 from tests.media import sine, write_clip, write_wav
 

@@ -14,8 +14,8 @@ from cache import layout
 from cache.errors import StoreError
 from cache.manifest import read_manifest
 from cache.store import TokenStore
-from eval import console
-from eval.store_verbs import VERBS
+from eval.verbs import console
+from eval.verbs.store import VERBS
 from extract.encoders.bank import EncoderBank
 from extract.plan import NEVER, OTHER_SPEC, RETRY, make_plan
 from tests.media import write_clip

@@ -39,7 +39,7 @@ FIRST_VAL = 10
 PRELOADED = [
     "emocache",
     "cache.store",
-    "eval.arguments",
+    "eval.verbs.arguments",
     "eval.progress",
     "peft",
     "tests.training",

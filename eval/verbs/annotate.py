@@ -16,12 +16,12 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from cache.errors import EmocacheError, ManifestError, SchemaError, StoppedError, near_miss
-from eval.annotate_looks import failures_command, jobs_of, show_command, status_command
-from eval.annotate_options import AnnotateOptions, OutcomeOptions, retry_kinds_of
-from eval.console import DONE, FINDINGS, err, out, verb
-from eval.extract_options import EngineFlags, WorkerOptions, takes
-from eval.review_verbs import agreement_command, quality_command, review_command
-from eval.worker_lines import WorkerLines
+from eval.verbs.annotate_looks import failures_command, jobs_of, show_command, status_command
+from eval.verbs.annotate_options import AnnotateOptions, OutcomeOptions, retry_kinds_of
+from eval.verbs.console import DONE, FINDINGS, err, out, verb
+from eval.verbs.extract_options import EngineFlags, WorkerOptions, takes
+from eval.verbs.review import agreement_command, quality_command, review_command
+from eval.verbs.worker_lines import WorkerLines
 
 if TYPE_CHECKING:
     from cache.manifest import Header
@@ -89,7 +89,7 @@ annotate_app = typer.Typer(
 @takes(AnnotateOptions, OutcomeOptions, EngineFlags)
 def annotate_command(asked: AnnotateOptions, outcome: OutcomeOptions, run: EngineFlags) -> int:
     """Describe the clips of a manifest, and write it anew; run again to continue."""
-    from eval.extract_verbs import engine_options
+    from eval.verbs.extract import engine_options
 
     engine = engine_options(run, "cpu")
     prepared = _prepare(asked)
@@ -105,7 +105,7 @@ def annotate_command(asked: AnnotateOptions, outcome: OutcomeOptions, run: Engin
 @takes(AnnotateOptions, WorkerOptions)
 def annotate_worker_command(asked: AnnotateOptions, own: WorkerOptions) -> int:
     """Be one worker of an annotation: for job arrays, in any number, started and ended at any time."""
-    from eval.extract_verbs import drain_after_s_of
+    from eval.verbs.extract import drain_after_s_of
     from extract.annotate.worker import work
 
     drain_after_s = drain_after_s_of(own.walltime)
@@ -194,7 +194,7 @@ def _absolute(preset: Preset) -> Preset:
 
 def _worker_fields(asked: AnnotateOptions) -> dict[str, Any]:
     """Return the fields of a worker's configuration that the user decides."""
-    from eval.arguments import duration_s, size_bytes
+    from eval.verbs.arguments import duration_s, size_bytes
     from extract.jobs.session import HEARTBEAT_S
 
     lease_timeout_s = duration_s(asked.lease_timeout, "--lease-timeout")
@@ -254,7 +254,7 @@ def _check_media(prepared: _Prepared) -> None:
 
 
 def _say_estimate(prepared: _Prepared, outcome: OutcomeOptions) -> int:
-    from eval.annotate_view import estimate_lines, estimate_table
+    from eval.verbs.annotate_view import estimate_lines, estimate_table
     from extract.annotate.report import estimate_annotation
 
     annotation = prepared.found
@@ -332,8 +332,8 @@ def _run(
         EmocacheError: An endpoint that is down or refuses, a budget that is used up.
         StoppedError: Units are left.
     """
-    from eval.annotate_view import annotation_view
     from eval.progress import Surroundings
+    from eval.verbs.annotate_view import annotation_view
     from extract.engines.start import run_engine
     from extract.summary import Watch
 
@@ -419,7 +419,7 @@ def _check_done(job: Job) -> None:
 def _finish(prepared: _Prepared, outcome: OutcomeOptions) -> int:
     """Write the manifest and the report, and say what came of it."""
     from cache.place import is_url
-    from eval.annotate_view import cost_table, step_table
+    from eval.verbs.annotate_view import cost_table, step_table
     from extract.annotate.pipeline import write_annotated
 
     assert outcome.out_file is not None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from cache.files import write_aside, write_text_aside
 from cache.labels import LabelField
-from eval.corpus_statistics import CorpusStatistics, Histogram, UnitCounts, total
+from eval.corpora.statistics import CorpusStatistics, Histogram, UnitCounts, total
 from eval.figures import PAPER, Plot, Theme, draw, hide_spines, one_line
 from extract.annotate.evidence.action_units import load_units
 from extract.corpora.check import BENCHMARK_GROUPS

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cache.errors import SchemaError
-from eval.annotate_options import retry_kinds_of
-from eval.console import DONE, FINDINGS, out, verb
+from eval.verbs.annotate_options import retry_kinds_of
+from eval.verbs.console import DONE, FINDINGS, out, verb
 
 if TYPE_CHECKING:
     from cache.storage import LocalStorage
@@ -50,9 +50,9 @@ def status_command(
     ] = False,
 ) -> int:
     """Say how far an annotation is and how its workers are; from any machine that sees the folder."""
-    from eval.annotate_view import annotation_panel, annotation_view
     from eval.progress import Surroundings
     from eval.tables import worker_table
+    from eval.verbs.annotate_view import annotation_panel, annotation_view
     from extract.annotate.pipeline import read_asked, work_storage
     from extract.summary import Watch
 
@@ -99,7 +99,7 @@ def failures_command(
     ] = False,
 ) -> int:
     """List the steps that failed, by kind, with all that is known of each."""
-    from eval.annotate_view import failure_table
+    from eval.verbs.annotate_view import failure_table
     from extract.annotate.pipeline import read_asked
     from extract.annotate.report import FailureList, report_annotation
 

@@ -22,16 +22,16 @@ from cache.errors import (
     StoppedError,
     near_miss,
 )
-from eval.console import DONE, FINDINGS, err, out, verb
-from eval.extract_options import EngineFlags, RunOptions, WorkerOptions, WorkOptions, takes
-from eval.worker_lines import WorkerLines
+from eval.verbs.console import DONE, FINDINGS, err, out, verb
+from eval.verbs.extract_options import EngineFlags, RunOptions, WorkerOptions, WorkOptions, takes
+from eval.verbs.worker_lines import WorkerLines
 
 if TYPE_CHECKING:
     from cache.clip import Record
     from cache.storage import Storage
     from cache.store import TokenStore
-    from eval.arguments import Wanted
     from eval.progress import JobView
+    from eval.verbs.arguments import Wanted
     from extract.calibrate import Calibration
     from extract.config import WorkerConfig
     from extract.encoders.bank import EncoderBank
@@ -179,7 +179,7 @@ def _prepare(work: WorkOptions) -> _Prepared:
     from cache.manifest import media_root as root_of
     from cache.manifest import read_manifest
     from cache.place import is_url
-    from eval.arguments import check_device, choice, compression_of, retry_kinds, wanted
+    from eval.verbs.arguments import check_device, choice, compression_of, retry_kinds, wanted
     from extract.config import PRECISIONS
     from extract.encoders.bank import EncoderBank
     from extract.plan import make_plan
@@ -232,7 +232,7 @@ def _store_if_any(where: str) -> TokenStore | None:
 
 
 def _check_here(device: str) -> None:
-    from eval.arguments import check_device
+    from eval.verbs.arguments import check_device
 
     check_device(device)
 
@@ -268,7 +268,7 @@ def engine_options(run: EngineFlags, device: str) -> EngineOptions:
         SchemaError: An unknown engine, or a value that does not fit.
     """
     from cache.schema import decode
-    from eval.arguments import choice, duration_s, size_bytes
+    from eval.verbs.arguments import choice, duration_s, size_bytes
     from extract.engines.options import EngineKind, EngineOptions
 
     kinds = get_args(EngineKind)
@@ -297,7 +297,7 @@ def engine_options(run: EngineFlags, device: str) -> EngineOptions:
 
 
 def _duration(text: str | None, option: str) -> float | None:
-    from eval.arguments import duration_s
+    from eval.verbs.arguments import duration_s
 
     return None if text is None else duration_s(text, option)
 
@@ -353,7 +353,7 @@ def _config(
 
 def _worker_fields(work: WorkOptions) -> dict[str, Any]:
     """Return the fields of a worker's configuration that the user decides."""
-    from eval.arguments import duration_s, size_bytes
+    from eval.verbs.arguments import duration_s, size_bytes
     from extract.jobs.session import HEARTBEAT_S
 
     lease_timeout_s = duration_s(work.lease_timeout, "--lease-timeout")
@@ -378,7 +378,7 @@ def _worker_fields(work: WorkOptions) -> dict[str, Any]:
 def _open_job(prepared: _Prepared, work: WorkOptions) -> tuple[TokenStore, Job]:
     """Create the store if need be, and the job, or join the one that does the same work."""
     from cache.store import TokenStore
-    from eval.arguments import compression_of
+    from eval.verbs.arguments import compression_of
     from extract.plan import open_job
 
     store = TokenStore.open_or_create(
@@ -778,8 +778,8 @@ def extract_failures(
     """List the clips of a store that failed, by class, with all that is known of each."""
     from cache.manifest import read_manifest
     from cache.store import TokenStore
-    from eval.arguments import choice
     from eval.tables import failure_lines, failure_table
+    from eval.verbs.arguments import choice
     from extract.failures import KINDS
     from extract.summary import FailureList, find_failures
 

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from cache.errors import SchemaError
-from eval.console import DONE, FINDINGS, err, out, verb
+from eval.verbs.console import DONE, FINDINGS, err, out, verb
 
 if TYPE_CHECKING:
     from cache.clip import Record
@@ -50,12 +50,12 @@ def corpus_ls(
     ] = None,
 ) -> int:
     """List the known corpora, or what a manifest holds: a line per corpus and split."""
-    from eval.corpus_tables import contents_table, known_corpora
+    from eval.corpora.tables import contents_table, known_corpora
 
     if manifest is None:
         out.print(known_corpora())
         return DONE
-    from eval.corpus_statistics import measure_corpus
+    from eval.corpora.statistics import measure_corpus
 
     found = measure_corpus(manifest)
     out.print(contents_table(found))
@@ -85,7 +85,7 @@ def corpus_show(
     """Show everything known of a record, and how training asks about it."""
     from cache.lookup import any_uid, find_record
     from cache.manifest import read_header
-    from eval.corpus_view import asked_of, asked_view, record_view
+    from eval.corpora.view import asked_of, asked_view, record_view
 
     given = list(words or ())
     if random:
@@ -106,7 +106,7 @@ def corpus_show(
         return DONE
     views = [record_view(record, header)]
     if render is not None:
-        from eval.arguments import configure
+        from eval.verbs.arguments import configure
 
         chosen = configure(render, given)
         views.append(asked_view(asked_of(record, header, chosen), render, chosen.seed))
@@ -126,8 +126,8 @@ def corpus_stats(
     as_json: Annotated[bool, typer.Option("--json", help="The numbers as JSON.")] = False,
 ) -> int:
     """Count corpora, splits, tasks, labels, durations, languages, action units; plot them with --out."""
-    from eval.corpus_statistics import measure_corpus
-    from eval.corpus_tables import statistics_tables
+    from eval.corpora.statistics import measure_corpus
+    from eval.corpora.tables import statistics_tables
 
     found = measure_corpus(manifest)
     if as_json:
@@ -138,7 +138,7 @@ def corpus_stats(
     if out_dir is not None:
         from datetime import UTC, datetime
 
-        from eval.corpus_report import write_corpus_report
+        from eval.corpora.report import write_corpus_report
 
         paths = write_corpus_report(found, out_dir, datetime.now(UTC).isoformat(timespec="seconds"))
         for path in paths:
@@ -167,7 +167,7 @@ def corpus_check(
 
     Exit code 1: something needs an explanation.
     """
-    from eval.corpus_tables import check_tables
+    from eval.corpora.tables import check_tables
     from extract.corpora.check import check_manifest
     from extract.corpora.registry import load_row
 
@@ -260,7 +260,7 @@ def corpus_sample(
 ) -> int:
     """Write some records, chosen by a hash of seed and uid: the same ones whatever their order."""
     from cache.selection import PER, sample_manifest
-    from eval.arguments import choice
+    from eval.verbs.arguments import choice
 
     chosen = cast("list[Per]", [choice(name, PER, "--per") for name in per or ()])
     with _watched("sampling", [manifest]) as on_record:
@@ -327,7 +327,7 @@ def corpus_export(
 ) -> int:
     """Write questions and answers of training as conversations, for other trainers."""
     from cache.manifest import iter_records, read_header
-    from eval.arguments import choice, configure
+    from eval.verbs.arguments import choice, configure
     from train.export import EXPORT_STYLES, export_conversations
     from train.tasks import FAMILIES, TASKS
 

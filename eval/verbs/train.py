@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from cache.errors import SchemaError
-from eval.console import DONE, err, out, verb
+from eval.verbs.console import DONE, err, out, verb
 
 if TYPE_CHECKING:
     from cache.manifest import Manifest
@@ -67,7 +67,7 @@ def train_command(
     """Train the preset's stages from cached tokens; run again to continue."""
     from cache.manifest import read_manifest
     from cache.store import TokenStore
-    from eval.arguments import check_device, configure, one_of_these
+    from eval.verbs.arguments import check_device, configure, one_of_these
     from train.monitor import TRACKERS
     from train.parallel import Parallel
 
@@ -183,7 +183,7 @@ def import_checkpoint_command(
     with_file: WithOption = None,
 ) -> int:
     """Turn a published Emotion-LLaMAv2, Emotion-LLaMA or MiniGPT-v2 checkpoint into trained parts."""
-    from eval.arguments import configure
+    from eval.verbs.arguments import configure
     from train.importing import import_run
 
     chosen = configure(preset, overrides, with_file)

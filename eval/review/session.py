@@ -14,7 +14,7 @@ from pydantic import Field
 from cache.clip import Record, file_sha256, media_path
 from cache.errors import ManifestError, SchemaError
 from cache.schema import Model, decode_json
-from eval.review_media import Strip, StripReader
+from eval.review.media import Strip, StripReader
 from extract.annotate.people.review import (
     ASPECTS,
     MAX_SCORE,

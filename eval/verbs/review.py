@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cache.errors import SchemaError, near_miss
-from eval.console import DONE, FINDINGS, err, out, verb
+from eval.verbs.console import DONE, FINDINGS, err, out, verb
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from eval.review_session import ReviewSession
+    from eval.review.session import ReviewSession
     from extract.annotate.people.quality import Filter
     from extract.annotate.people.review import Rating, Sample, Sampling, Scale
 
@@ -65,8 +65,8 @@ def review_command(
 ) -> int:
     """Rate annotations in a browser: clip, clues and description side by side. Ctrl-C ends it."""
     from cache.manifest import iter_records, read_header
-    from eval.review_server import ReviewServer
-    from eval.review_session import ReviewSession
+    from eval.review.server import ReviewServer
+    from eval.review.session import ReviewSession
     from extract.annotate.people.review import RatingsFile, draw_sample
 
     sampling = _sampling(n, per_label, target, corpus or [], seed)
@@ -185,7 +185,7 @@ def agreement_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> int:
     """Say how often raters accept, how well they agree (Cohen's kappa), and their mean scores."""
-    from eval.review_view import agreement_lines, agreement_tables
+    from eval.review.view import agreement_lines, agreement_tables
     from extract.annotate.people.agreement import agreement
     from extract.annotate.people.review import read_ratings
 
@@ -248,7 +248,7 @@ def quality_command(
     """Flag descriptions that are too short, off-language, against their label, copied, repeated, ..."""
     from cache.manifest import ManifestWriter, iter_records, read_header, relative_root
     from cache.place import is_url
-    from eval.review_view import quality_example_lines, quality_table
+    from eval.review.view import quality_example_lines, quality_table
     from extract.annotate.people.quality import (
         QualityFilters,
         cleaned,

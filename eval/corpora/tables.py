@@ -9,8 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from eval.corpus_report import FIELD_NAMES
-from eval.corpus_statistics import SPLITS, CorpusCounts, CorpusStatistics, total
+from eval.corpora.report import FIELD_NAMES
+from eval.corpora.statistics import SPLITS, CorpusCounts, CorpusStatistics, total
 
 if TYPE_CHECKING:
     from extract.corpora.check import CheckReport, Count

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from cache.errors import EmocacheError, SchemaError
-from eval.review_session import ReviewSession, media_type
+from eval.review.session import ReviewSession, media_type
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _PAGE = {
     "review.js": ("review.js", "text/javascript; charset=utf-8"),
     "review.css": ("review.css", "text/css; charset=utf-8"),
 }
-_TEMPLATES = Path(__file__).with_name("templates")
+_TEMPLATES = Path(__file__).parents[1] / "templates"
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from cache.errors import SchemaError
-from eval.console import DONE, FINDINGS, err, out, verb
+from eval.verbs.console import DONE, FINDINGS, err, out, verb
 
 VERBS = (
     "ls", "show", "plan", "diff", "verify", "doctor", "gc", "compact",
@@ -115,8 +115,8 @@ def store_plan(
     """Say what a store has of a manifest, what is missing and why, and the bytes to write."""
     from cache.manifest import read_manifest
     from cache.store import TokenStore
-    from eval.arguments import configure
     from eval.tables import plan_table
+    from eval.verbs.arguments import configure
     from extract.failures import KINDS
     from extract.plan import make_plan
 
@@ -143,7 +143,7 @@ def store_diff(
     """Print the fields in which two specs differ, and nothing else; exit code 1 if there are any."""
     from cache.spec import differences
     from cache.store import TokenStore
-    from eval.arguments import spec_of
+    from eval.verbs.arguments import spec_of
 
     opened = None if store is None else TokenStore.open(store)
     found = differences(spec_of(first, opened), spec_of(second, opened))
@@ -170,8 +170,8 @@ def store_gc(
     """Remove what nobody can reach: unused specs, shards of dead or lost writers, replaced units."""
     from cache.lifecycle import collect_garbage
     from cache.store import TokenStore
-    from eval.arguments import configure
     from eval.tables import garbage_table
+    from eval.verbs.arguments import configure
 
     keep = None
     if keep_presets is not None:
@@ -201,9 +201,9 @@ def store_compact(
     """Join small and superseded units to full shards; `gc` removes the old ones."""
     from cache.lifecycle import compact
     from cache.store import TokenStore
-    from eval.arguments import spec_of
     from eval.progress import progress_bar
     from eval.report import human_size
+    from eval.verbs.arguments import spec_of
 
     opened = TokenStore.open(store)
     chosen = list(opened.specs.values()) if spec is None else [spec_of(spec, opened)]
@@ -235,9 +235,9 @@ def store_sync(
     """Copy what DST lacks, folder or bucket, checked on both sides; run again to continue."""
     from cache.lifecycle import sync
     from cache.store import TokenStore
-    from eval.arguments import compression_of, spec_of
     from eval.progress import progress_bar
     from eval.report import human_size
+    from eval.verbs.arguments import compression_of, spec_of
 
     opened = TokenStore.open(source)
     chosen = [spec_of(text, opened) for text in spec or []] or list(opened.specs.values())
@@ -297,8 +297,8 @@ def store_verify(
     is_fine = report.is_whole
     if deep and found is not None and manifest is not None:
         from cache.manifest import media_root as root_of
-        from eval.arguments import check_device, configure, weights_of
         from eval.tables import recheck_table
+        from eval.verbs.arguments import check_device, configure, weights_of
         from extract.encoders.bank import EncoderBank
         from extract.recheck import recheck
 
@@ -330,8 +330,8 @@ def store_doctor(
 ) -> int:
     """Build again what follows from the committed data: metadata, small arrays, snapshots."""
     from cache.audit import doctor, doctor_open
-    from eval.arguments import configure
     from eval.tables import finding_table
+    from eval.verbs.arguments import configure
 
     names = [name.strip() for name in presets.split(",") if name.strip()]
     candidates = [spec for name in names for spec in configure(name, None).tokens.all()]
@@ -356,7 +356,7 @@ def store_card(
     from cache.card import card
     from cache.files import write_text_aside
     from cache.store import TokenStore
-    from eval.arguments import spec_of
+    from eval.verbs.arguments import spec_of
 
     opened = TokenStore.open(store)
     text = card(opened, spec_of(spec, opened))
@@ -387,10 +387,10 @@ def store_stats(
     from cache.files import write_text_aside
     from cache.statistics import StatisticsCollector
     from cache.store import TokenStore
-    from eval.arguments import spec_of
     from eval.plots import plot_statistics
     from eval.progress import progress_bar
     from eval.tables import statistics_table
+    from eval.verbs.arguments import spec_of
 
     opened = TokenStore.open(store)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -433,9 +433,9 @@ def store_export(
     from cache.manifest import read_manifest
     from cache.npy import export_npy
     from cache.store import TokenStore
-    from eval.arguments import one_of, spec_of
     from eval.progress import progress_bar
     from eval.report import human_size
+    from eval.verbs.arguments import one_of, spec_of
 
     one_of("--hdf5 FILE", hdf5, "--npy FOLDER", npy)
     opened = TokenStore.open(store)
@@ -488,8 +488,8 @@ def store_import(
     from cache.manifest import read_manifest
     from cache.npy import import_npy
     from cache.store import TokenStore
-    from eval.arguments import one_of, spec_of
     from eval.progress import progress_bar
+    from eval.verbs.arguments import one_of, spec_of
 
     one_of("--hdf5 FILE", hdf5, "--npy FOLDER", npy)
     if hdf5 is not None:

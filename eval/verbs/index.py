@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from cache.errors import SchemaError, near_miss
-from eval.console import DONE, FINDINGS, err, out, verb
+from eval.verbs.console import DONE, FINDINGS, err, out, verb
 
 if TYPE_CHECKING:
     from collections.abc import Callable

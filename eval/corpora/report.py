@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from cache.files import write_text_aside
-from eval.corpus_plots import draw_corpus, write_plots
-from eval.corpus_statistics import SPLITS, CorpusStatistics, total
+from eval.corpora.plots import draw_corpus, write_plots
+from eval.corpora.statistics import SPLITS, CorpusStatistics, total
 from eval.pages import page_environment
 from eval.progress import human_time
 from eval.report import escape_markdown, number

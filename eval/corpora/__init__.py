@@ -1,0 +1,1 @@
+"""Manifests to look at: counts, tables, figures, a page, one record."""

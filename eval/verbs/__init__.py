@@ -1,0 +1,1 @@
+"""The command line: a file per verb, with its options and what it says."""
