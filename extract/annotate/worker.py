@@ -182,7 +182,7 @@ class _Worker:
                 "this worker reads other prompts or tables than the job was begun with. Are the files of "
                 "prompts= and units.table= the same on all machines? Run the same command again."
             )
-        answers = AnswerCache(self._work / ANSWERS)
+        self._answers = answers = AnswerCache(self._work / ANSWERS)
         stack.callback(answers.close)
         self._results: Results = Journal(self._work / RESULTS, RecordResult)
         self._clues = Journal(self._work / CLUES, Clues)
@@ -305,6 +305,8 @@ class _Worker:
             return False
         await asyncio.to_thread(self._results.refresh)
         await asyncio.to_thread(self._clues.refresh)
+        # A unit may come from a worker that died: what it was answered a moment ago is not asked again.
+        await asyncio.to_thread(self._answers.refresh)
         records = [self._records[row] for row in claim.rows]
         suspects = await asyncio.to_thread(blame.suspects, self._job, claim, records)
         self._tools.guilty |= suspects.guilty
