@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -208,18 +208,29 @@ def job_view(
 
 
 def job_panel(found: JobProgress, around: Surroundings = Surroundings()) -> Group:
-    """Return the live view of a job."""
+    """Return the live view of an extraction."""
+    return panel(found, "clips", _facts(found, around))
+
+
+def panel(found: JobProgress, things: str, facts: Iterable[tuple[str, Text]]) -> Group:
+    """Return a live view: a bar, and facts below it.
+
+    Args:
+        found: How far the job is.
+        things: What it counts, for example `clips`.
+        facts: Name and value of each line.
+    """
     head = Table.grid(padding=(0, 2))
     head.add_row(
         ProgressBar(total=max(1, found.n_planned), completed=found.n_clips, width=36),
-        Text(f"{found.n_clips:,} of {found.n_planned:,} clips", style="bold"),
+        Text(f"{found.n_clips:,} of {found.n_planned:,} {things}", style="bold"),
         Text(f"unit {found.n_units_done:,} of {found.n_units:,}", style="dim"),
     )
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="dim", no_wrap=True)
-    for name, value in _facts(found, around):
-        facts.add_row(name, value)
-    return Group(head, facts)
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(style="dim", no_wrap=True)
+    for name, value in facts:
+        lines.add_row(name, value)
+    return Group(head, lines)
 
 
 def _facts(found: JobProgress, around: Surroundings) -> Iterator[tuple[str, Text]]:

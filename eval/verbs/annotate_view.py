@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +19,7 @@ from eval.progress import (
     failures_in_words,
     human_time,
     job_line,
+    panel,
 )
 
 if TYPE_CHECKING:
@@ -162,17 +162,7 @@ def annotation_panel(
     found: JobProgress, around: Surroundings, preset: Preset | None = None
 ) -> Group:
     """Return the live view of an annotation."""
-    head = Table.grid(padding=(0, 2))
-    head.add_row(
-        ProgressBar(total=max(1, found.n_planned), completed=found.n_clips, width=36),
-        Text(f"{found.n_clips:,} of {found.n_planned:,} records", style="bold"),
-        Text(f"unit {found.n_units_done:,} of {found.n_units:,}", style="dim"),
-    )
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="dim", no_wrap=True)
-    for name, value in _facts(found, around, preset):
-        facts.add_row(name, value)
-    return Group(head, facts)
+    return panel(found, "records", _facts(found, around, preset))
 
 
 def _facts(
