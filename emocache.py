@@ -32,7 +32,8 @@ from eval.verbs.train import (
 logger = logging.getLogger("emocache")
 VERBS = (
     "index", "corpus", "annotate", "annotate-worker", "extract", "extract-worker", "store", "train",
-    "import-checkpoint", "show", "evaluate", "demo",
+    "import-checkpoint", "show", "evaluate", "benchmark", "score", "judge", "compare", "predict", "app",
+    "demo",
 )  # fmt: skip
 """In the order of the work; `emocache --help` shows them so."""
 

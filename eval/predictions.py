@@ -6,10 +6,13 @@ documented with an example in `docs/predictions.md`; a test reads that example.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
+import crc32c
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cache.errors import PredictionError
@@ -18,13 +21,31 @@ from cache.schema import Model, describe
 from eval.parse import ParseHow
 
 Name = Annotated[str, Field(min_length=1)]
+Key = tuple[str, str, tuple[str, ...], str]
+"""Uid, task, masked streams, benchmark."""
+_CRC = re.compile(rb',"crc32c":"([0-9a-f]{8})"\}\s*$')
+
+
+class ClipFacts(Model):
+    """What is known of the clip that a reply is about."""
+
+    language: str | None = None
+    """Spoken language."""
+    duration_s: float | None = None
+    subtitle: str | None = None
+    """What the prompt quoted."""
+    absent: tuple[str, ...] = ()
+    """Streams without tokens: the clip has none, or extraction failed."""
+    media: str | None = None
+    """Path of the file below the media root."""
 
 
 class Prediction(Model):
     """One reply of one model for one clip, task and set of masked streams."""
 
-    schema_version: Literal[1, 2] = 2
-    """Version of this schema; version 1 knew one label per reply. A reader refuses any other."""
+    schema_version: Literal[1, 2, 3] = 3
+    """Version of this schema; version 1 knew one label per reply, version 2 no benchmark. A reader
+    refuses any other."""
     uid: Name
     """The record, `<corpus>/<source id>`."""
     task: Name
@@ -55,6 +76,18 @@ class Prediction(Model):
     renderer_version: int | None = None
     """Which version of the prompt renderer asked; None: not known."""
 
+    benchmark: Name | None = None
+    """Id of the set of MMEVerse-Bench that the reply counts for; None: it was asked for no benchmark."""
+    split: Name | None = None
+    """Of the record."""
+    likelihoods: dict[Name, float] | None = None
+    """Offered label -> its probability among all that were offered, by the likelihood of label and end
+    of turn, not by the reply; None: not computed."""
+    n_tokens: int | None = Field(default=None, ge=0)
+    """Length of the reply in tokens of the run's own tokenizer, without its end; None: not known."""
+    about: ClipFacts | None = None
+    """What reports show and slice by; None: not known."""
+
     @field_validator("masked")
     @classmethod
     def _sort_masked(cls, masked: tuple[str, ...]) -> tuple[str, ...]:
@@ -62,6 +95,18 @@ class Prediction(Model):
         if len(set(masked)) != len(masked):
             raise ValueError(f"a stream is listed twice in {list(masked)}; list each once")
         return tuple(sorted(masked))
+
+    @field_validator("likelihoods")
+    @classmethod
+    def _sum_to_one(cls, given: dict[str, float] | None) -> dict[str, float] | None:
+        """Refuse what is no distribution."""
+        if given is not None:
+            total = math.fsum(given.values())
+            if not given or min(given.values()) < 0 or not math.isclose(total, 1, abs_tol=1e-4):
+                raise ValueError(
+                    f"likelihoods must be at least 0 and sum to 1, got {len(given)} with sum {total:.6g}"
+                )
+        return given
 
     @model_validator(mode="after")
     def _check_label(self) -> Self:
@@ -80,9 +125,9 @@ class Prediction(Model):
         return self
 
     @property
-    def key(self) -> tuple[str, str, tuple[str, ...]]:
-        """What may occur once in a file: uid, task, masked streams."""
-        return self.uid, self.task, self.masked
+    def key(self) -> Key:
+        """What may occur once in a file: uid, task, masked streams, benchmark."""
+        return self.uid, self.task, self.masked, self.benchmark or ""
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> int:
@@ -98,12 +143,49 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> int:
     Raises:
         PredictionError: Two predictions share uid, task and masked streams; nothing is replaced.
     """
-    seen: dict[tuple[str, str, tuple[str, ...]], int] = {}
-    with write_aside(path) as aside, aside.open("w", encoding="utf-8", newline="\n") as file:
+    seen: dict[Key, int] = {}
+    with write_aside(path) as aside, aside.open("wb") as file:
         for number, prediction in enumerate(predictions, start=1):
             _refuse_duplicate(prediction, seen, path, number)
-            file.write(prediction.model_dump_json() + "\n")
+            file.write(line_of(prediction))
     return len(seen)
+
+
+def line_of(prediction: Prediction) -> bytes:
+    """Return a prediction as a line of the file: JSON, a checksum as its last field, a line end.
+
+    The CRC-32C is that of the JSON without the field.
+    """
+    text = prediction.model_dump_json().encode()
+    return b'%s,"crc32c":"%08x"}\n' % (text[:-1], crc32c.crc32c(text))
+
+
+def read_line(line: bytes, where: str) -> Prediction:
+    """Read a line, and check its checksum if it has one.
+
+    Args:
+        line: With or without the line end.
+        where: File and line number, for messages.
+
+    Raises:
+        PredictionError: The line does not decode, or is not as it was written.
+    """
+    found = _CRC.search(line)
+    if found is not None:
+        line = line[: found.start()] + b"}"
+        stated, counted = found[1].decode(), f"{crc32c.crc32c(line):08x}"
+        if stated != counted:
+            raise PredictionError(
+                f"{where}: damaged, or changed by hand: the checksum of the line is {counted}, stated is "
+                f"{stated}. Restore the file; of a line that you changed on purpose, drop the field "
+                "'crc32c'."
+            )
+    try:
+        return Prediction.model_validate_json(line)
+    except ValidationError as error:
+        raise PredictionError(
+            f"{where}: {describe(Prediction, error)}. The schema is in docs/predictions.md."
+        ) from error
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -121,17 +203,11 @@ def read_predictions(path: Path) -> list[Prediction]:
             "an evaluation wrote."
         ) from error
     predictions: list[Prediction] = []
-    seen: dict[tuple[str, str, tuple[str, ...]], int] = {}
+    seen: dict[Key, int] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            prediction = Prediction.model_validate_json(line)
-        except ValidationError as error:
-            raise PredictionError(
-                f"{path}, line {number}: {describe(Prediction, error)}. "
-                "The schema is in docs/predictions.md."
-            ) from error
+        prediction = read_line(line, f"{path}, line {number}")
         _refuse_duplicate(prediction, seen, path, number)
         predictions.append(prediction)
     return predictions
@@ -139,7 +215,7 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 def _refuse_duplicate(
     prediction: Prediction,
-    seen: dict[tuple[str, str, tuple[str, ...]], int],
+    seen: dict[Key, int],
     path: Path,
     number: int,
 ) -> None:
@@ -149,5 +225,9 @@ def _refuse_duplicate(
         masked = ", ".join(prediction.masked) or "nothing"
         raise PredictionError(
             f"{path}, line {number}: uid {prediction.uid!r}, task {prediction.task!r}, masked "
-            f"{masked}: already on line {first}; keep one of the two."
+            f"{masked}{_of_benchmark(prediction)}: already on line {first}; keep one of the two."
         )
+
+
+def _of_benchmark(prediction: Prediction) -> str:
+    return f", benchmark {prediction.benchmark}" if prediction.benchmark else ""

@@ -1,0 +1,1 @@
+"""Predictions to scores, without a model: formats, readings, metrics, protocols, statistics."""
