@@ -74,7 +74,7 @@ def parse_reply(
     Raises:
         SchemaError: The label space is ambiguous, or an alias leads to no label.
     """
-    content, tagged = _answer(reply)
+    content, tagged = answer_of(reply)
     text = _normalize(content)
     if not text:
         return ParsedReply(None, "empty", text)
@@ -107,7 +107,7 @@ def parse_labels(
     Raises:
         SchemaError: The label space is ambiguous, or an alias leads to no label.
     """
-    content, tagged = _answer(reply)
+    content, tagged = answer_of(reply)
     pieces = dict.fromkeys(
         text for piece in _SEPARATOR.split(content) if (text := _normalize(piece))
     )
@@ -126,8 +126,8 @@ def parse_labels(
     return ParsedLabels(found, how, others)
 
 
-def _answer(reply: str) -> tuple[str, bool]:
-    """Return the part of a reply that holds the answer, and whether a tag marked it."""
+def answer_of(reply: str) -> tuple[str, bool]:
+    """Return the part of a reply that holds the answer (step 1), and whether a tag marked it."""
     complete: str | None = None
     start: int | None = None
     for tag in _TAG.finditer(reply):
