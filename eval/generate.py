@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from cache.clip import Record
 from cache.errors import CheckpointError
+from cache.labels import LabelSpace
 from cache.manifest import Header
 from cache.spec import STREAMS
 from cache.store import TokenStore
 from eval.parse import ParseHow, parse_labels, parse_reply
-from eval.predictions import Prediction
+from eval.predictions import ClipFacts, Prediction
 from train.backbone import context_length
 from train.checkpoint import best_folder, load_trained
 from train.config import Preset, configure
-from train.data import Renderer, collate
+from train.data import Group, PrefixBatch, Renderer, collate
 from train.loading import to_device
 from train.mixture import Ask
 from train.model import EmotionLlama, build
 from train.packing import Grouper
-from train.prompt import RENDERER_VERSION
+from train.prompt import RENDERER_VERSION, neutralise
 from train.reading import ViewReader
 from train.run import RunInfo, read_run
-from train.tasks import SEVERAL_LABELS, TASK_TABLE, Task, check_task
+from train.tasks import SEVERAL_LABELS, TASK_TABLE, check_task
 from train.wording import Wording
 
 
@@ -40,6 +42,8 @@ class TrainedRun:
     header: Header
     """Holds what it names: the label spaces of the run, and those that the run lacks of the manifest that it
     is asked about."""
+    folder: Path | None = None
+    """Of the trained parts; None of a model that was never saved."""
 
 
 def load_run(
@@ -90,6 +94,222 @@ def load_run(
         model.eval().to(device),
         tokenizer,
         Header(media_root=".", label_spaces=spaces),
+        folder,
+    )
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question about a clip, and what its reply counts for."""
+
+    ask: Ask
+    benchmark: str | None = None
+    merged: Mapping[str, str] = field(default_factory=dict)
+    """Truth of the corpus -> the truth that counts."""
+
+
+@dataclass(frozen=True)
+class AskedClip:
+    """A record with all that it is asked about: questions behind one prefix."""
+
+    record: Record
+    items: tuple[Item, ...]
+    group: Group
+    """The rendered questions: those of the items, then those that are asked for likelihoods alone."""
+    offered: tuple[tuple[str, ...], ...]
+    """Of each question the labels whose likelihoods are computed; empty: of none."""
+    scored_by: tuple[int | None, ...]
+    """Of each item the question whose likelihoods it gets."""
+
+
+class Asker:
+    """Asks one run about records of one store; batches of questions become predictions."""
+
+    def __init__(
+        self,
+        trained: TrainedRun,
+        store: TokenStore,
+        *,
+        max_new_tokens: int = 200,
+        likelihoods: bool = False,
+    ) -> None:
+        """Read what questions are made of.
+
+        Args:
+            trained: The model.
+            store: Tokens of the specs that the run was trained on.
+            max_new_tokens: Longest reply; the reference uses 200.
+            likelihoods: Score every offered label too, where the labels are closed. Of a joint task, whose
+                answer begins with reasoning, the likelihoods are those of the recognition task, asked beside.
+        """
+        self._trained, self._likelihoods = trained, likelihoods
+        self._max_new_tokens = max_new_tokens
+        self.reader = ViewReader(store, trained.preset)
+        self.renderer = Renderer(trained.preset, trained.tokenizer, trained.header)
+        limit = context_length(trained.model.llm.get_base_model())
+        self._grouper = Grouper(trained.preset, self.reader, self.renderer, limit)
+        self._device = next(trained.model.parameters()).device
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Fields of a prediction that say where it came from."""
+        return {
+            "run": self._trained.info.run_id,
+            "spec_ids": {str(stream): spec.spec_id for stream, spec in self.reader.specs.items()},
+            "pool_id": self.renderer.wording.pools.pool_id,
+            "renderer_version": RENDERER_VERSION,
+        }
+
+    def clip(
+        self, record: Record, items: Sequence[Item], masked: Collection[str] = ()
+    ) -> AskedClip:
+        """Render the questions about a record; all must see the same streams.
+
+        Args:
+            record: With tokens in the store.
+            items: Questions.
+            masked: Streams that the model does not get.
+
+        Raises:
+            ManifestError: No label space for a question that brings no options.
+            SchemaError: A sequence is longer than the context.
+        """
+        asks = [item.ask for item in items]
+        scored_by: list[int | None] = []
+        for item in items:
+            scored = scored_ask(item.ask) if self._likelihoods else None
+            if scored is not None and scored not in asks:
+                asks.append(scored)
+            scored_by.append(None if scored is None else asks.index(scored))
+        hides = TASK_TABLE[asks[0].task].hides
+        hidden = tuple(s for s in STREAMS if s in masked or s in hides)
+        group = self._grouper.group(record, asks, hidden, with_answer=False)
+        spaces = [
+            space_of(record, ask, self.renderer.wording) if number in scored_by else None
+            for number, ask in enumerate(asks)
+        ]
+        offered = tuple(() if space is None else space.labels for space in spaces)
+        return AskedClip(record, tuple(items), group, offered, tuple(scored_by))
+
+    def batches(
+        self, batches: Sequence[Sequence[AskedClip]], masked: Collection[str] = ()
+    ) -> Iterator[list[Prediction]]:
+        """Yield the predictions of one batch after the other, of each in the order of clips and items.
+
+        The tokens of the next batch are read while the model works on one.
+        """
+        with ThreadPoolExecutor(1, "emocache-read") as reading:
+            waiting = [reading.submit(self._read, clips) for clips in batches[:1]]
+            for number, clips in enumerate(batches):
+                batch = waiting.pop().result()
+                waiting = [reading.submit(self._read, c) for c in batches[number + 1 : number + 2]]
+                yield self._ask(clips, to_device(batch, self._device), masked)
+
+    def _read(self, clips: Sequence[AskedClip]) -> PrefixBatch:
+        groups = [clip.group for clip in clips]
+        views = self.reader.read([clip.record for clip in clips], [g.hidden for g in groups])
+        return collate(self._trained.preset, groups, views)
+
+    def _ask(
+        self, clips: Sequence[AskedClip], batch: PrefixBatch, masked: Collection[str]
+    ) -> list[Prediction]:
+        limits: list[int] = []
+        candidates: list[tuple[tuple[int, ...], ...]] = []
+        for clip in clips:
+            n_silent = len(clip.offered) - len(clip.items)
+            limits += [*[self._max_new_tokens] * len(clip.items), *[0] * n_silent]
+            candidates += map(self.renderer.candidates, clip.offered)
+        found = self._trained.model.answer(
+            tokens=batch["tokens"],
+            masks=batch["masks"],
+            text_ids=batch["text_ids"],
+            order=batch["order"],
+            segments=batch["segments"],
+            max_new_tokens=limits,
+            stop_ids=self.renderer.turns.stop_ids,
+            candidates=candidates,
+        )
+        predictions = []
+        for clip in clips:
+            answers, found = found[: len(clip.offered)], found[len(clip.offered) :]
+            for number, (item, scored) in enumerate(zip(clip.items, clip.scored_by, strict=True)):
+                likelihoods = None
+                if scored is not None:
+                    shares = answers[scored].likelihoods or ()
+                    likelihoods = dict(zip(clip.offered[scored], shares, strict=True))
+                predictions.append(
+                    self._prediction(clip, item, answers[number].ids, likelihoods, masked)
+                )
+        return predictions
+
+    def _prediction(
+        self,
+        clip: AskedClip,
+        item: Item,
+        ids: Sequence[int],
+        likelihoods: dict[str, float] | None,
+        masked: Collection[str],
+    ) -> Prediction:
+        reply = str(self._trained.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return Prediction(
+            uid=clip.record.uid,
+            task=item.ask.task,
+            masked=tuple(masked),
+            reply=reply,
+            **read_reply(reply, clip.record, item, self.renderer.wording),
+            **self.origin,
+            benchmark=item.benchmark,
+            split=clip.record.split,
+            likelihoods=likelihoods,
+            n_tokens=len(ids),
+            about=self.facts(clip.record),
+        )
+
+    def facts(self, record: Record) -> ClipFacts:
+        """Return what reports show of a record and slice by."""
+        config = self._trained.preset.prompt
+        quoted = record.subtitle(config.subtitle_language) if config.use_subtitle else None
+        return ClipFacts(
+            language=record.language,
+            duration_s=None if record.clip is None else record.clip.duration_s,
+            subtitle=neutralise(quoted or "") or None,
+            absent=tuple(s for s in STREAMS if s not in self.reader.streams_of(record)),
+            media=record.media,
+        )
+
+
+def scored_ask(ask: Ask) -> Ask | None:
+    """Return the question whose labels are scored beside one: itself, or the recognition task of its label.
+
+    None: it names no label, or any words.
+    """
+    asked = TASK_TABLE[ask.task].label
+    if asked is None or asked == "emotion_ov":
+        return None
+    for task, row in TASK_TABLE.items():
+        if row.label == asked and not row.joint:
+            return replace(ask, task=task)
+    return None
+
+
+def space_of(record: Record, ask: Ask, wording: Wording) -> LabelSpace | None:
+    """Return the labels that a question offers, with the corpus's aliases of them; None: it names none.
+
+    Raises:
+        ManifestError: The record's corpus has no label space, and the question brings no options.
+    """
+    asked = TASK_TABLE[ask.task].label
+    if asked is None:
+        return None
+    if ask.options is None:
+        return wording.space(record, asked)
+    own = wording.known_space(record, asked)
+    aliases = {} if own is None else own.aliases
+    return LabelSpace(
+        name=asked,
+        labels=ask.options,
+        aliases={alias: label for alias, label in aliases.items() if label in ask.options},
+        open=asked == "emotion_ov",
     )
 
 
@@ -102,6 +322,7 @@ def generate(
     masked: Collection[str] = (),
     max_new_tokens: int = 200,
     batch_size: int = 16,
+    likelihoods: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> Iterator[Prediction]:
     """Ask the model about every record, greedily, in batches.
@@ -114,60 +335,31 @@ def generate(
         masked: Streams that the model does not get.
         max_new_tokens: Longest reply; the reference uses 200.
         batch_size: Records per batch.
+        likelihoods: See `Asker`.
         on_batch: Called with the number of records done.
 
     Yields:
         One prediction per record, in order.
     """
-    reader = ViewReader(store, trained.preset)
-    renderer = Renderer(trained.preset, trained.tokenizer, trained.header)
-    wording, pool_id = renderer.wording, renderer.wording.pools.pool_id
-    limit = context_length(trained.model.llm.get_base_model())
-    grouper = Grouper(trained.preset, reader, renderer, limit)
-    ask = Ask(check_task(task), 0)
-    hidden = tuple(s for s in STREAMS if s in masked or s in TASK_TABLE[ask.task].hides)
-    spec_ids = {str(stream): spec.spec_id for stream, spec in reader.specs.items()}
-    device = next(trained.model.parameters()).device
-    for start in range(0, len(records), batch_size):
-        pack = records[start : start + batch_size]
-        groups = [grouper.group(record, [ask], hidden, with_answer=False) for record in pack]
-        views = reader.read(pack, [hidden] * len(pack))
-        batch = to_device(collate(trained.preset, groups, views), device)
-        replies = trained.model.reply(
-            tokens=batch["tokens"],
-            masks=batch["masks"],
-            text_ids=batch["text_ids"],
-            order=batch["order"],
-            segments=batch["segments"],
-            max_new_tokens=max_new_tokens,
-            stop_ids=renderer.turns.stop_ids,
-        )
-        for record, ids in zip(pack, replies, strict=True):
-            reply = str(trained.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-            yield Prediction(
-                uid=record.uid,
-                task=task,
-                masked=tuple(masked),
-                reply=reply,
-                **_read(reply, record, ask.task, wording),
-                run=trained.info.run_id,
-                spec_ids=spec_ids,
-                pool_id=pool_id,
-                renderer_version=RENDERER_VERSION,
-            )
+    asker = Asker(trained, store, max_new_tokens=max_new_tokens, likelihoods=likelihoods)
+    item = Item(Ask(check_task(task), 0))
+    clips = [asker.clip(record, [item], masked) for record in records]
+    packs = [clips[start : start + batch_size] for start in range(0, len(clips), batch_size)]
+    for predictions in asker.batches(packs, masked):
+        yield from predictions
         if on_batch is not None:
-            on_batch(len(pack))
+            on_batch(len(predictions))
 
 
-def _read(reply: str, record: Record, task: Task, wording: Wording) -> dict[str, Any]:
+def read_reply(reply: str, record: Record, item: Item, wording: Wording) -> dict[str, Any]:
     """Return the fields of a prediction that hold what was named and what is true."""
-    field = TASK_TABLE[task].label
-    if field is None:  # a description is text and names nothing
+    asked = TASK_TABLE[item.ask.task].label
+    space = space_of(record, item.ask, wording)
+    if asked is None or space is None:  # a description is text and names nothing
         how: ParseHow = "off_list" if reply else "empty"
         return {"label": None, "parse": how, "truth": None}
-    truths = record.labels_of(field)
-    space = wording.space(record, field)
-    if field not in SEVERAL_LABELS:
+    truths = tuple(dict.fromkeys(item.merged.get(t, t) for t in record.labels_of(asked)))
+    if asked not in SEVERAL_LABELS:
         one = parse_reply(reply, space.labels, space.aliases)
         return {"label": one.label, "parse": one.how, "truth": next(iter(truths), None)}
     found = parse_labels(reply, space.labels, space.aliases, is_open=space.open)

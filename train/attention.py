@@ -26,6 +26,10 @@ PACKED = "emocache_packed"
 """Name of this attention among those of transformers."""
 
 
+class UnpackableError(SchemaError):
+    """The language model's attention cannot be computed over packed sequences, only over padded rows."""
+
+
 @dataclass(frozen=True)
 class Segments:
     """Which keys each query of a pack sees."""
@@ -39,6 +43,16 @@ class Segments:
     def longest(self) -> int:
         """Keys of the longest segment."""
         return max(end - start + stop - first for start, end, first, stop in self.rows)
+
+    @cached_property
+    def questions(self) -> tuple[Tensor, ...]:
+        """Return the places (L,) int64 of each question's whole sequence: its prefix, then its own."""
+        shared = {(first, stop) for _, _, first, stop in self.rows if stop > first}
+        return tuple(
+            torch.cat([torch.arange(first, stop), torch.arange(start, end)])
+            for start, end, first, stop in self.rows
+            if (start, end) not in shared
+        )
 
     @cached_property
     def cu_q(self) -> list[int]:
@@ -102,13 +116,13 @@ def packed_attention(
         (1, N, heads, channels), and no weights.
 
     Raises:
-        SchemaError: The model's attention is of another kind (a window shorter than a segment,
+        UnpackableError: The model's attention is of another kind (a window shorter than a segment,
             capped products).
     """
     window, cap = others.get("sliding_window"), others.get("softcap")
     if cap is not None or (window is not None and segments.longest > window):
         kind = f"sees {window} positions only" if cap is None else "caps its products"
-        raise SchemaError(
+        raise UnpackableError(
             f"this language model's attention {kind}, and the longest sequence has "
             f"{segments.longest}; packed sequences cannot do that. Set execution.attention=padded."
         )

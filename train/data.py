@@ -22,7 +22,7 @@ from train.fusion import fused_mask
 from train.mixture import Ask
 from train.prompt import PromptTokens, tokenize
 from train.reading import Views
-from train.turns import TextTokenizer, turns_of
+from train.turns import TextTokenizer, encode, turns_of
 from train.wording import Wording
 
 
@@ -132,6 +132,11 @@ class Renderer:
             turns=self.turns,
         )
         return Question(ask.task, prompt)
+
+    def candidates(self, options: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Return each option as the answer that a recognition task would be given: its ids and the end."""
+        ends = self.turns.end_ids
+        return tuple((*encode(self.tokenizer, name.lower()), *ends) for name in options)
 
 
 def model_arguments(batch: PrefixBatch) -> dict[str, Any]:

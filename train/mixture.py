@@ -34,6 +34,9 @@ class Ask:
     task: Task
     epoch: int
     """Pass over the records; wording and option order change with it."""
+    options: tuple[str, ...] | None = None
+    """Labels to offer, in lower case and in this order, whatever the space of the record's corpus holds,
+    as a benchmark fixes them; None: those of the space."""
 
 
 @dataclass(frozen=True)

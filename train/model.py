@@ -14,18 +14,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from train.adapters import ModalAdapters
-from train.attention import PACKED, Segments, attention_of
+from train.attention import PACKED, Segments, UnpackableError, attention_of
 from train.backbone import decoder_layers, load_llm, load_tokenizer, with_lora
 from train.config import ExecutionConfig, Preset
+from train.decoding import Answer, Prompts, greedy, shares_of
 from train.fusion import make_fusion
+from train.padded import GrowingReply, likelihoods_by_rows, pad_rows, replies_by_rows
 
 
 class EmotionLlama(nn.Module):
@@ -174,7 +176,7 @@ class EmotionLlama(nn.Module):
         self, embeddings: Tensor, position_ids: Tensor, segments: Segments, predict: Tensor
     ) -> Tensor:
         """The same, each question in a row of its own with the prefix before it."""
-        rows = question_rows(segments)
+        rows = segments.questions
         index, mask = pad_rows(rows, left=False)
         index, mask = index.to(embeddings.device), mask.to(embeddings.device)
         row_of = torch.zeros(len(embeddings), dtype=torch.long)
@@ -194,7 +196,6 @@ class EmotionLlama(nn.Module):
         )
         return cast(Tensor, output.logits[rows_of, columns - first])
 
-    @torch.inference_mode()
     def reply(
         self,
         tokens: dict[str, Tensor],
@@ -220,44 +221,154 @@ class EmotionLlama(nn.Module):
         Returns:
             The ids of each reply, without the one that ends it.
         """
-        base = self.llm.get_base_model()
-        with self._precision(order.device), attention_of(base, self._own_attention):
+        found = self.answer(
+            tokens,
+            masks,
+            text_ids,
+            order,
+            segments,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+        )
+        return [answer.ids for answer in found]
+
+    def label_likelihoods(
+        self,
+        tokens: dict[str, Tensor],
+        masks: dict[str, Tensor],
+        text_ids: Tensor,
+        order: Tensor,
+        segments: Segments,
+        *,
+        candidates: Sequence[Sequence[Sequence[int]]],
+    ) -> list[list[float]]:
+        """Compare the offered answers to each question of a batch by their likelihood.
+
+        Args:
+            tokens: See `PrefixBatch`; also of the next four, as in `reply`.
+            masks: See there.
+            text_ids: See there.
+            order: See there.
+            segments: See there.
+            candidates: Of each question what it may be answered, each with its end; see
+                `Renderer.candidates`.
+
+        Returns:
+            Of each question the candidates' probabilities, which sum to 1: the softmax of their
+            log-likelihoods, each the sum over all tokens, so that long candidates are not favoured.
+        """
+        found = self.answer(
+            tokens, masks, text_ids, order, segments, max_new_tokens=0, candidates=candidates
+        )
+        return [answer.likelihoods or [] for answer in found]
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        tokens: dict[str, Tensor],
+        masks: dict[str, Tensor],
+        text_ids: Tensor,
+        order: Tensor,
+        segments: Segments,
+        *,
+        max_new_tokens: int | Sequence[int],
+        stop_ids: Collection[int] = (),
+        candidates: Sequence[Sequence[Sequence[int]]] = (),
+    ) -> list[Answer]:
+        """Do what `reply` and `label_likelihoods` do, with each prompt computed once for both.
+
+        Args:
+            tokens: See `PrefixBatch`; also of the next four, as in `reply`.
+            masks: See there.
+            text_ids: See there.
+            order: See there.
+            segments: See there.
+            max_new_tokens: Longest reply, of all questions or of each; 0 asks for none.
+            stop_ids: Each ends a reply.
+            candidates: Of each question; an empty list asks for no likelihoods. None given: of no question.
+        """
+        n = len(segments.questions)
+        limits = [max_new_tokens] * n if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        offered = list(candidates) or [()] * n
+        with self._precision(order.device):
             embeddings = self.embed(tokens, masks, text_ids, order)
-            # Generation continues at the right end, so padding stands at the left.
-            index, mask = pad_rows(question_rows(segments), left=True)
-            llm: Any = self.llm
-            generated = llm.generate(
-                inputs_embeds=embeddings[index.to(order.device)],
-                attention_mask=mask.long().to(order.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                eos_token_id=list(stop_ids),
-                pad_token_id=next(iter(stop_ids)),
-            )
-        replies = []
-        for ids in generated.tolist():
-            end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
-            replies.append(ids[:end])
-        return cast(list[list[int]], replies)
+            scores, replies = self._answers(embeddings, segments, limits, stop_ids, offered)
+        return [
+            Answer(ids, shares_of(own) if own else None)
+            for ids, own in zip(replies, scores, strict=True)
+        ]
 
+    def _answers(
+        self,
+        embeddings: Tensor,
+        segments: Segments,
+        limits: Sequence[int],
+        stop_ids: Collection[int],
+        offered: Sequence[Sequence[Sequence[int]]],
+    ) -> tuple[list[list[float]], list[list[int]]]:
+        """Return the log-likelihoods of what is offered to each question, and the replies."""
+        base = self.llm.get_base_model()
+        scores: list[list[float]] = [[] for _ in limits]
+        if not self._padded:
+            n_scored = max(sum(len(ids) - 1 for ids in own) for own in offered)
+            with suppress(UnpackableError):
+                prompts = Prompts(base, embeddings, segments, max(n_scored, *limits))
+                if any(offered):
+                    scores = prompts.log_likelihoods(offered)
+                return scores, greedy(prompts, limits, stop_ids)
+        with attention_of(base, self._own_attention):
+            if any(offered):
+                scores = likelihoods_by_rows(base, embeddings, segments, offered)
+            return scores, replies_by_rows(base, embeddings, segments, limits, stop_ids)
 
-def question_rows(segments: Segments) -> list[Tensor]:
-    """Return the positions of each question's whole sequence: its prefix, then its own."""
-    shared = {(first, stop) for _, _, first, stop in segments.rows if stop > first}
-    return [
-        torch.cat([torch.arange(first, stop), torch.arange(start, end)])
-        for start, end, first, stop in segments.rows
-        if (start, end) not in shared
-    ]
+    def stream(
+        self,
+        tokens: dict[str, Tensor],
+        masks: dict[str, Tensor],
+        text_ids: Tensor,
+        order: Tensor,
+        segments: Segments,
+        *,
+        max_new_tokens: int,
+        stop_ids: Collection[int],
+    ) -> Iterator[int]:
+        """Answer one question greedily; the ids are those of `reply`, each as soon as it is known.
 
+        Args:
+            tokens: See `PrefixBatch`; also of the next four, as in `reply`, of a single question.
+            masks: See there.
+            text_ids: See there.
+            order: See there.
+            segments: See there.
+            max_new_tokens: Longest reply.
+            stop_ids: Each ends the reply.
 
-def pad_rows(rows: list[Tensor], *, left: bool) -> tuple[Tensor, Tensor]:
-    """Return rows of unequal length as (R, L) int64, padded with 0, and their mask (R, L) bool."""
-    side = "left" if left else "right"
-    index = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
-    ones = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    return index, nn.utils.rnn.pad_sequence(ones, batch_first=True, padding_side=side)
+        Yields:
+            The ids of the reply, without the one that ends it.
+        """
+        base = self.llm.get_base_model()
+        # Nothing that this thread computes between two tokens may be affected: no context stays open.
+        with torch.inference_mode(), self._precision(order.device):
+            embeddings = self.embed(tokens, masks, text_ids, order)
+            saying: Prompts | GrowingReply | None = None
+            if not self._padded:
+                with suppress(UnpackableError):
+                    saying = Prompts(base, embeddings, segments, max_new_tokens)
+            if saying is None:
+                with attention_of(base, self._own_attention):
+                    saying = GrowingReply(base, embeddings, segments)
+        for number in range(max_new_tokens):
+            token = int(saying.logits.argmax())
+            if token in stop_ids:
+                return
+            yield token
+            if number + 1 < max_new_tokens:
+                with (
+                    torch.inference_mode(),
+                    self._precision(order.device),
+                    attention_of(base, self._own_attention),
+                ):
+                    saying.say([token], [0])
 
 
 def build(preset: Preset) -> tuple[EmotionLlama, Any]:

@@ -52,7 +52,7 @@ class Wording:
         Raises:
             ManifestError: There is none.
         """
-        found = self._header.space(record.corpus, field)
+        found = self.known_space(record, field)
         if found is None:
             known = ", ".join(sorted(self._header.label_spaces)) or "none"
             raise ManifestError(
@@ -60,6 +60,10 @@ class Wording:
                 f"prompt has no options to list. Known: {known}. Index the corpus again with its labels."
             )
         return found
+
+    def known_space(self, record: Record, field: LabelField) -> LabelSpace | None:
+        """Return the label space of a field of a record; None: there is none."""
+        return self._header.space(record.corpus, field)
 
     def render(
         self,
@@ -74,7 +78,7 @@ class Wording:
 
         Args:
             record: About whom.
-            ask: Task and pass.
+            ask: Task and pass, and the options where they are not those of the record's label space.
             with_answer: True in training and validation.
             vary: Options in another order each pass, and perhaps not all, see `PromptConfig`. False, for
                 validation and evaluation, lists all in native order.
@@ -93,7 +97,7 @@ class Wording:
             options,
             subtitle=record.subtitle(config.subtitle_language) if config.use_subtitle else None,
             person=record.person,
-            label=self._labels(record, row),
+            label=self._labels(record, row, ask.options),
             description=choose_text(row.texts(record), *place),
             with_answer=with_answer,
             prompt_style=config.style,
@@ -143,6 +147,8 @@ class Wording:
         """Return the options in the order to list them, and whether there are example words."""
         if row.label is None:
             return (), False
+        if ask.options is not None:
+            return ask.options, row.label == "emotion_ov"
         space, place = self.space(record, row.label), (self._seed, record.uid, ask.epoch)
         if ask.task == "open-vocabulary":
             words = option_order(space.labels, *place, shuffle=vary)[:MAX_EXAMPLES]
@@ -155,13 +161,19 @@ class Wording:
             labels = option_list(labels, true, *place, neutral_free_share=share)
         return option_order(labels, *place, shuffle=vary), False
 
-    def _labels(self, record: Record, row: TaskRow) -> tuple[str, ...]:
-        """Return the labels to name: several in the space's order, open ones in the record's."""
+    def _labels(
+        self, record: Record, row: TaskRow, offered: tuple[str, ...] | None
+    ) -> tuple[str, ...]:
+        """Return the labels to name: several in the order of all, open ones in the record's."""
         if row.label is None:
             return ()
         given = record.labels_of(row.label)
         if row.label not in SEVERAL_LABELS or row.label == "emotion_ov":
             return tuple(dict.fromkeys(given))
+        if offered is not None:
+            # What was not offered stands at the end, where `render` refuses it in an answer.
+            others = (label for label in given if label not in offered)
+            return (*(label for label in offered if label in given), *others)
         return tuple(label for label in self.space(record, row.label).labels if label in given)
 
 
