@@ -20,11 +20,11 @@ from extract.annotate.prompts import (
     FOLDER,
     Prompt,
     PromptFile,
-    inert,
     load_prompt,
     prompt_name,
     prompt_names,
 )
+from extract.annotate.templates import inert
 
 TARGETS = ("emotion", "emotion_multi", "emotion_ov", "sentiment", "intent")
 CLUE = {name: f"the {name} clue" for name in CLUES}

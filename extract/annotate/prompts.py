@@ -18,19 +18,17 @@ An id is the name and a digest of the file's content: another wording, another i
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import Field
 
-from cache.errors import MissingDependencyError, SchemaError, near_miss
+from cache.errors import SchemaError, near_miss
 from cache.schema import Model, canonical_json, decode
 from extract.annotate.endpoints.questions import MediaPart, Question, Sampling
+from extract.annotate.templates import Templates, inert, prompt_fields, prompt_id
 
 PromptRole = Literal["visual_objective", "audio_tone", "consolidate", "template"]
 Preset = Literal["mmeverse", "merr-fine", "merr-coarse"]
@@ -69,13 +67,6 @@ _TARGETS = {
     "sentiment": "sentiment",
     "intent": "intent",
 }
-# What opens or closes a tag or a special token of a chat model: `<x`, `</`, `< /`, `<|`, `<!`, `|>`;
-# the last character of a text may do so together with what the template has after it.
-_OPENS = re.compile(r"<(?=[A-Za-z|!?\uff5c]|\s*/|\s*\Z)")
-_CLOSES = re.compile(r"(?<=[|\uff5c])>")
-_TURNS = re.compile(r"\[/?INST\]|<</?SYS>>", re.IGNORECASE)
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200b-\u200f\u202a-\u202e\u2060-\u2069]+")
-_ANGLES = ("\u2039", "\u203a")
 
 
 class PromptFile(Model):
@@ -117,25 +108,14 @@ class Prompt:
     def __init__(self, file: PromptFile, where: str) -> None:
         self.file = file
         self.where = where
-        self._templates = {
-            part: _compile(source, f"{where}, {part}")
-            for part, source in (("text", file.text), ("system", file.system))
-            if source is not None
-        }
-        allowed = SLOTS[file.role]
-        found = set().union(*(slots for _, slots in self._templates.values()))
-        for slot in sorted(found - set(allowed)):
-            raise SchemaError(
-                f"{where}: unknown slot '{slot}'.{near_miss(slot, allowed)} A prompt of role "
-                f"'{file.role}' may use {list(allowed)}."
-            )
-        if missing := [slot for slot in NEEDED[file.role] if slot not in found]:
+        self._templates = Templates(file.text, file.system, file.role, SLOTS[file.role], where)
+        self.slots = self._templates.slots
+        if missing := [slot for slot in NEEDED[file.role] if slot not in self.slots]:
             raise SchemaError(
                 f"{where}: a prompt of role '{file.role}' needs the slots {missing}, which it does not "
                 "use; without them these clues would be left out unsaid. Write for example "
                 f"{{% if {missing[0]} %}}... {{{{ {missing[0]} }}}} ...{{% endif %}}."
             )
-        self.slots = frozenset(found)
 
     def __repr__(self) -> str:
         """Name it by its id."""
@@ -154,8 +134,7 @@ class Prompt:
     @cached_property
     def id(self) -> str:
         """Name and digest of everything in the file but `about`."""
-        told = canonical_json(self.file.model_dump(exclude={"about"}))
-        return f"{self.name}@{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+        return prompt_id(self.name, self.file)
 
     @property
     def answer_schema(self) -> dict[str, Any] | None:
@@ -195,8 +174,7 @@ class Prompt:
                 f"prompt {self.id} needs a label, which guides the consolidation; the record has none of "
                 "this target."
             )
-        made = {part: _tidy(t.render(filled)) for part, (t, _) in self._templates.items()}
-        return made["text"], made.get("system")
+        return self._templates.fill(filled)
 
     def question(
         self,
@@ -260,19 +238,7 @@ def _shipped(name: str) -> Prompt:
 
 def _read(path: Path) -> Prompt:
     where = f"prompt '{path}'"
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise SchemaError(f"cannot read the {where}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        told = " ".join(str(error).split())
-        raise SchemaError(f"{where}: no YAML in UTF-8 ({told}).") from None
-    if not isinstance(data, dict):
-        raise SchemaError(
-            f"{where}: a mapping with {list(PromptFile.model_fields)} is needed, got "
-            f"{type(data).__name__}."
-        )
-    return Prompt(decode(PromptFile, data, where), where)
+    return Prompt(decode(PromptFile, prompt_fields(path, PromptFile), where), where)
 
 
 def prompt_names() -> list[str]:
@@ -305,46 +271,3 @@ def prompt_name(preset: str, role: str, target: str = "emotion") -> str:
     if role != "consolidate":
         return role.replace("_", "-")
     return "merr-coarse" if preset == "merr-coarse" else f"{preset}-{_TARGETS[target]}"
-
-
-def inert(text: str) -> str:
-    """Return foreign text that cannot leave its place in a prompt.
-
-    It is put on one line; invisible characters and the turn marks of chat formats go; an angle bracket
-    that could begin or end a tag or a special token is replaced by a typographic one.
-    """
-    text = _TURNS.sub(" ", _CONTROL.sub(" ", text))
-    text = _CLOSES.sub(_ANGLES[1], _OPENS.sub(_ANGLES[0], text))
-    return " ".join(text.split())
-
-
-def _compile(source: str, where: str) -> tuple[Any, frozenset[str]]:
-    """Return a template and the names of its slots."""
-    try:
-        import jinja2
-        from jinja2 import meta
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise MissingDependencyError(
-            "prompt files need jinja2: pip install 'emocache[annotate]'"
-        ) from error
-    environment = ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
-    )
-    # Nothing of Jinja2's own: a slot named like one of its functions would go unnoticed.
-    environment.globals.clear()
-    try:
-        slots = meta.find_undeclared_variables(environment.parse(source))
-        if any(True for _ in meta.find_referenced_templates(environment.parse(source))):
-            raise SchemaError(f"{where}: a prompt cannot include, import or extend another file.")
-        return environment.from_string(source), frozenset(slots)
-    except jinja2.TemplateError as error:
-        line = getattr(error, "lineno", None)
-        at = f" in line {line}" if line else ""
-        raise SchemaError(f"{where}: no Jinja2 template{at}: {error}.") from None
-
-
-def _tidy(text: str) -> str:
-    """Return the text without blanks at line ends, and with at most one blank line in a row."""
-    lines = "\n".join(line.rstrip() for line in text.splitlines())
-    return re.sub(r"\n{3,}", "\n\n", lines).strip()

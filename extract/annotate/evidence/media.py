@@ -240,7 +240,7 @@ class MediaReader:
         if found.array is None:
             return Picture(found.status, found.failure)
         square = inputs.arrays[found.array][0]  # (S, S, 3)
-        rgb = _with_aspect(square, _size_of(inputs), self.limits.longest_side_px)
+        rgb = with_aspect(square, _size_of(inputs), self.limits.longest_side_px)
         return Picture(
             "ok",
             jpeg=jpeg_bytes(rgb, self.limits.jpeg_quality),
@@ -273,7 +273,7 @@ def _size_of(inputs: ClipInputs) -> _Size:
     return inputs.facts.get("width_px"), inputs.facts.get("height_px")
 
 
-def _with_aspect(square: np.ndarray, true_size: _Size, limit_px: int) -> Image.Image:
+def with_aspect(square: np.ndarray, true_size: _Size, limit_px: int) -> Image.Image:
     """Bring a picture that was made square back to its aspect.
 
     Args:

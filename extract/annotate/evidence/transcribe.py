@@ -41,6 +41,10 @@ _DIMS = (
 )
 
 
+_LEAST_VOCAB = 51_864
+"""Tokens of whisper's English vocabulary; the multilingual ones are larger."""
+
+
 class TranscribeOptions(Model):
     """How speech is recognised. The defaults are whisper's own, apart from the first."""
 
@@ -296,6 +300,11 @@ def _dims_of(checkpoint: Any, path: Path) -> dict[str, int]:
         raise CheckpointError(
             f"{path}: 'dims' has no usable {', '.join(wrong)}; positive whole numbers are needed. The "
             "file is incomplete."
+        )
+    if dims["n_vocab"] < _LEAST_VOCAB:
+        raise CheckpointError(
+            f"{path}: knows {dims['n_vocab']} tokens, and whisper's vocabularies have {_LEAST_VOCAB} and "
+            "more: an encoder without words of its own cannot write down speech. Give a whole whisper model."
         )
     return {name: dims[name] for name in _DIMS}
 
