@@ -182,6 +182,8 @@ def read_with_decord(
         batch = reader.get_batch([0, *wanted]).asnumpy()
     except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, OSError) as error:
         raise MediaError(f"decord failed ({words(error)})") from error
+    except UnicodeEncodeError:
+        raise MediaError("decord takes no file whose name is not Unicode") from None
     if batch.shape[1:] != first.rgb.shape:
         raise MediaError(f"decord shows {batch.shape[1:]}, PyAV {first.rgb.shape}")
     off = float(np.abs(batch[0].astype(np.int16) - first.rgb.astype(np.int16)).mean())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hmac
 import io
-import ipaddress
 import json
 import logging
 import re
@@ -17,7 +16,6 @@ import secrets
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from cache.errors import EmocacheError, SchemaError
+from eval.own_page import LOOPBACK, accepts_host, is_own_page
 from eval.review.session import ReviewSession, media_type
 
 logger = logging.getLogger(__name__)
@@ -48,7 +47,6 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _ITEM = re.compile(r"items/(\d{1,9})(?:/(media|strip|sound\.wav|frames/(\d{1,9})\.jpg))?")
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 _MAX_BODY_BYTES = 64 * 1024
@@ -107,26 +105,11 @@ class ReviewServer(ThreadingHTTPServer):
     @property
     def is_local(self) -> bool:
         """Whether only this machine reaches it."""
-        return self._host in _LOOPBACK
+        return self._host in LOOPBACK
 
     def accepts_host(self, header: str | None) -> bool:
-        """Return whether a request may name this host.
-
-        A rebound name is a name: addresses and our own names cannot be rebound. Any port will do, for a
-        tunnel has its own.
-        """
-        try:
-            name = urlsplit(f"//{header or ''}").hostname or ""
-        except ValueError:
-            return False
-        if name in _LOOPBACK or name == self._host.lower():
-            return True
-        if self.is_local:
-            return False
-        with suppress(ValueError):
-            ipaddress.ip_address(name)
-            return True
-        return name == socket.gethostname().lower()
+        """Return whether a request may name this host."""
+        return accepts_host(self._host, header)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Note what went wrong in one connection; others go on."""
@@ -167,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
                     HTTPStatus.NOT_FOUND, "nothing here; open the whole URL that was printed"
                 )
                 return
-            if not self._is_own_page():
+            if not is_own_page(self.command, self.headers):
                 self._refuse(HTTPStatus.FORBIDDEN, "only the review page itself may ask")
                 return
             route(rest)
@@ -175,16 +158,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         except ValueError as error:  # a path that is no path
             self._refuse(HTTPStatus.BAD_REQUEST, str(error))
-
-    def _is_own_page(self) -> bool:
-        """Return whether the browser says nothing of another origin."""
-        origin = self.headers.get("Origin")
-        if origin is not None and origin != f"http://{self.headers.get('Host')}":
-            return False
-        site = self.headers.get("Sec-Fetch-Site", "none")
-        # Typed or clicked from a mail the page itself opens; whatever it loads must be its own.
-        is_visit = self.headers.get("Sec-Fetch-Mode") == "navigate" and self.command == "GET"
-        return site in ("none", "same-origin") or is_visit
 
     # ---- what is asked -----------------------------------------------------------------------
 

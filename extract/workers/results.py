@@ -80,8 +80,22 @@ def encode_clip(
     """
     requests = [request_of(spec, record) for spec in specs]
     inputs = prepare_inputs(path, record.sha256, record.media, requests)
+    return encode_inputs(record, inputs, specs, bank)
+
+
+def encode_inputs(
+    record: Record, inputs: ClipInputs, specs: Sequence[TokenSpec], bank: EncoderBank
+) -> list[ClipTokens]:
+    """Encode one decoded clip under each spec.
+
+    Args:
+        record: Whose clip it is.
+        inputs: Answers to `request_of` each spec, in their order; more behind them are not looked at.
+        specs: Some of the bank's.
+        bank: The encoders.
+    """
     clips = []
-    for spec, stream in zip(specs, inputs.streams, strict=True):
+    for spec, stream in zip(specs, inputs.streams, strict=False):
         clip = unencoded(spec, record, stream)
         if clip is None:
             (tokens,) = bank.encode(spec, [encoder_input(inputs, stream)])
