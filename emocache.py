@@ -15,10 +15,17 @@ from rich.logging import RichHandler
 from typer.core import TyperGroup
 
 from eval.verbs.annotate import annotate_app, annotate_worker_command
+from eval.verbs.app import app_command
+from eval.verbs.benchmark import benchmark_command
+from eval.verbs.compare import compare_command
 from eval.verbs.console import DONE, REFUSED, err, out, verb
 from eval.verbs.corpus import corpus_app
 from eval.verbs.extract import extract_app, extract_worker_command
 from eval.verbs.index import index_command
+from eval.verbs.judge import judge_app
+from eval.verbs.predict import predict_command
+from eval.verbs.run_options import DeviceOption, WeightsOption
+from eval.verbs.score import score_command
 from eval.verbs.store import store_app
 from eval.verbs.train import (
     ManifestOption,
@@ -61,8 +68,12 @@ app.command("annotate-worker")(annotate_worker_command)
 app.add_typer(store_app, name="store")
 app.command("train")(train_command)
 app.command("import-checkpoint")(import_checkpoint_command)
-
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
+app.command("benchmark")(benchmark_command)
+app.add_typer(judge_app, name="judge")
+app.command("score")(score_command)
+app.command("compare")(compare_command)
+app.command("predict")(predict_command)
+app.command("app")(app_command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,22 +157,34 @@ def evaluate_command(
         Path | None, typer.Option("--out", help="Default: RUN/eval-SPLIT-TASK.")
     ] = None,
     device: DeviceOption = "cpu",
-    weights: Annotated[
-        str, typer.Option(help="final, or best: those of the best validation.")
-    ] = "final",
+    weights: WeightsOption = "final",
+    likelihoods: Annotated[
+        bool,
+        typer.Option(
+            "--likelihoods",
+            help="Compute the probability of every offered label beside each reply.",
+        ),
+    ] = False,
+    examples: Annotated[
+        int, typer.Option(min=0, help="Clips that the report shows one by one.")
+    ] = 24,
+    reasoning: Annotated[
+        bool, typer.Option("--reasoning", help="Ask about those clips for reasoning too.")
+    ] = False,
 ) -> int:
     """Generate replies, score them, write predictions.jsonl and a report."""
-    from cache.manifest import read_manifest
+    from cache.manifest import media_root, read_manifest
     from cache.store import TokenStore
     from eval.evaluate import evaluate
     from eval.progress import progress_bar
-    from eval.report import score_table
+    from eval.report.page import score_table
     from eval.verbs.arguments import check_device, one_of_these
 
     records = read_manifest(manifest)
     check_device(device)
     n_records = len(records.select(split))
-    with progress_bar(err, "evaluating", n_records * (1 + len(mask or [])), "replies") as bar:
+    n_replies = (n_records + (min(examples, n_records) if reasoning else 0)) * (1 + len(mask or []))
+    with progress_bar(err, "evaluating", n_replies, "replies") as bar:
         result = evaluate(
             run_dir,
             records,
@@ -174,8 +197,12 @@ def evaluate_command(
             device=device,
             out=out_dir,
             overrides=overrides or [],
-            on_batch=bar.advance,
             weights=one_of_these("--weights", weights, ("final", "best")),
+            likelihoods=likelihoods,
+            n_examples=examples,
+            reasoning_tokens=max_new_tokens if reasoning else 0,
+            media=media_root(records, manifest),
+            on_batch=bar.advance,
         )
     out.print(score_table(result.rows))
     for path in (result.predictions, *result.reports, result.report_md):

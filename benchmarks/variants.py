@@ -192,8 +192,9 @@ def run_one(variant: Variant, seed: int, steps: int, out: Path, n_threads: int) 
     import torch
 
     from cache.store import TokenStore
-    from eval.evaluate import evaluate, read_history
+    from eval.evaluate import evaluate
     from eval.metrics import SingleLabelScores
+    from eval.report.history import read_history
     from train.loop import train
 
     torch.set_num_threads(n_threads)

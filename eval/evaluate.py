@@ -9,43 +9,43 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from cache.clip import Record
-from cache.commit import Status
 from cache.errors import ManifestError, MissingDependencyError, SchemaError, near_miss
 from cache.files import write_text_aside
 from cache.labels import LabelField, LabelSpace
 from cache.manifest import Manifest
-from cache.spec import STREAMS
 from cache.store import TokenStore
 from eval.generate import TrainedRun, generate, load_run
-from eval.metrics import (
-    MultiLabelScores,
-    SingleLabelScores,
-    score_multi_label,
-    score_single_label,
-)
 from eval.predictions import Prediction, write_predictions
-from eval.report import (
-    Fact,
-    HistoryRow,
-    OffListReply,
-    Parsing,
-    ReportData,
-    ScoreRow,
-    StoreRow,
-    write_report,
+from eval.report.data import ReportData, ScoreRow
+from eval.report.gather import (
+    Group,
+    examples_of,
+    joint_task,
+    method_of,
+    notes_of,
+    prompt_of,
+    provenance_of,
+    score_group,
+    store_rows,
+    throughput_of,
+    weights_of,
 )
-from train.checkpoint import best_folder
+from eval.report.history import read_history
+from eval.report.page import write_report
+from eval.results.examples import choice_of, choose_examples
 from train.reading import ViewReader, usable
-from train.tasks import SEVERAL_LABELS, TASK_TABLE, check_task
+from train.tasks import TASK_TABLE, check_task
+
+N_EXAMPLES = 24
+"""Clips that a report shows one by one."""
 
 MASKS: dict[str, tuple[str, ...]] = {
     "audio": ("audio",),
@@ -89,9 +89,17 @@ def evaluate(
     out: Path | None = None,
     overrides: Sequence[str] = (),
     weights: Literal["final", "best"] = "final",
+    likelihoods: bool = False,
+    n_examples: int = N_EXAMPLES,
+    reasoning_tokens: int = 0,
+    media: Path | None = None,
+    about_data: Sequence[str] = (),
     on_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Generate, parse, score, report.
+
+    Writes predictions.jsonl, scores.json, statistics.json (intervals, tests, calibration, slices) and the
+    report.
 
     Args:
         run: A folder that `train` finished.
@@ -106,6 +114,13 @@ def evaluate(
         out: Output folder; default `RUN/eval-SPLIT-TASK`, with `-best` behind it for those weights.
         overrides: `key=value` settings that differ from the run's, for example `data.failed=drop`.
         weights: Those at the end of the run's last finished stage, or those of its best validation.
+        likelihoods: Compute the probability of every offered label beside each reply.
+        n_examples: Clips that a report shows one by one; 0: none.
+        reasoning_tokens: Where the task asks for no reasoning, ask for it about the clips of the examples
+            too, under every condition, in replies of this length at most. They are written to
+            `examples.jsonl` and enter no score. 0: do not.
+        media: The media root, so that examples have pictures; None: they have none.
+        about_data: What the report says of the data, a paragraph each.
         on_batch: Called with the number of replies done.
 
     Raises:
@@ -131,54 +146,81 @@ def evaluate(
             f"split {split!r}: none of its {len(chosen)} records has a label in '{field}' and tokens to score"
         )
     groups = _by_space(records, field, trained)
-    predictions: list[Prediction] = []
-    rows: list[list[ScoreRow]] = [[] for _ in groups]
-    started = time.monotonic()
-    for name, streams in conditions:
-        found = list(
+
+    def ask(
+        about: Sequence[Record], task: str, masked: Sequence[str], longest: int, closed: bool
+    ) -> list[Prediction]:
+        return list(
             generate(
                 trained,
                 store,
-                records,
+                about,
                 task=task,
-                masked=streams,
-                max_new_tokens=max_new_tokens,
+                masked=masked,
+                max_new_tokens=longest,
                 batch_size=batch_size,
+                likelihoods=closed,
                 on_batch=on_batch,
             )
         )
-        predictions += found
-        for number, group in enumerate(groups):
-            own = [p for p in found if p.uid in group.uids]
-            shown = f"{group.name}: {name}" if len(groups) > 1 else name
-            rows[number].append(ScoreRow(name=shown, scores=_score(own, group.space, field)))
-    clips_per_s = len(predictions) / (time.monotonic() - started)
+
+    started = time.monotonic()
+    replies = {
+        name: ask(records, task, streams, max_new_tokens, likelihoods)
+        for name, streams in conditions
+    }
+    n_replies = len(records) * len(conditions)
+    clips_per_s = n_replies / (time.monotonic() - started)
+    predictions = [p for found in replies.values() for p in found]
     out = out or run / f"eval-{split}-{task}{'-best' if weights == 'best' else ''}"
     out.mkdir(parents=True, exist_ok=True)
     write_predictions(out / "predictions.jsonl", predictions)
-    every_row = tuple(row for of_group in rows for row in of_group)
+    scored = [score_group(replies, group, field, several=len(groups) > 1) for group in groups]
+    every_row = tuple(row for of_group in scored for row in of_group.rows)
     scores = {row.name: row.scores.model_dump(mode="json") for row in every_row}
     write_text_aside(out / "scores.json", json.dumps(scores, indent=2) + "\n")
+    others = {
+        row.name: row.model_dump(mode="json", exclude={"name", "scores"}) for row in every_row
+    }
+    write_text_aside(out / "statistics.json", json.dumps(others, indent=2) + "\n")
+    by_uid = {record.uid: record for record in records}
+    asked_too: list[Prediction] = []
     folders = _folders([group.name for group in groups])
     written = []
-    for group, own_rows in zip(groups, rows, strict=True):
-        of_group = f", {group.name}" if len(groups) > 1 else ""
+    for found in scored:
+        shown = choose_examples(found.first, n_examples, choice_of)
+        joint = joint_task(task) if reasoning_tokens else None
+        reasons: list[Prediction] = []
+        if joint is not None and shown:
+            clips = [by_uid[p.uid] for p in shown]
+            for _, streams in conditions:
+                reasons += ask(clips, joint, streams, reasoning_tokens, False)
+        asked_too += reasons
+        of_group = f", {found.group.name}" if len(groups) > 1 else ""
         data = ReportData(
             title=f"{trained.preset.name}: {task} on split {split}{of_group}",
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             preset=trained.preset.name,
             run_path=str(run),
-            weights=_weights(run, trained, weights),
+            weights=weights_of(run, trained, weights),
             store_path=str(store.root),
-            rows=tuple(own_rows),
+            rows=found.rows,
+            about=tuple(about_data),
+            method=method_of(trained, found, max_new_tokens),
+            prompt=prompt_of(trained, by_uid[found.first[0].uid], task),
+            likelihoods=found.likelihoods,
+            examples=examples_of(found, shown, reasons, by_uid, media) if shown else None,
             history=read_history(run / "metrics.jsonl"),
-            throughput=_throughput(trained, clips_per_s),
-            store=_store_rows(store, reader),
-            parsing=_parsing([p for p in predictions if p.uid in group.uids]),
-            provenance=_provenance(trained, reader, str(predictions[0].pool_id)),
-            notes=_notes(len(group.uids), len(chosen) - len(records), split),
+            throughput=throughput_of(trained, clips_per_s),
+            store=store_rows(store, reader),
+            parsing=found.parsing,
+            provenance=provenance_of(trained, reader, str(predictions[0].pool_id)),
+            notes=notes_of(found, len(chosen) - len(records), split),
         )
-        written.append(write_report(data, out / folders[group.name] if len(groups) > 1 else out))
+        folder = out / folders[found.group.name] if len(groups) > 1 else out
+        written.append(write_report(data, folder))
+    if asked_too:
+        write_predictions(out / "examples.jsonl", asked_too)
     html, markdown = written[0]
     return Evaluation(
         predictions=out / "predictions.jsonl",
@@ -189,16 +231,6 @@ def evaluate(
         clips_per_s=clips_per_s,
         reports=tuple(page for page, _ in written),
     )
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Records that are scored together: their prompts listed the labels of one space."""
-
-    space: LabelSpace
-    name: str
-    """Their corpora."""
-    uids: frozenset[str]
 
 
 def _folders(names: Sequence[str]) -> dict[str, str]:
@@ -212,7 +244,7 @@ def _folders(names: Sequence[str]) -> dict[str, str]:
 
 def _by_space(
     records: Sequence[Record], field: LabelField, trained: TrainedRun
-) -> tuple[_Group, ...]:
+) -> tuple[Group, ...]:
     """Group records by their label space, in the order of their first records.
 
     Raises:
@@ -238,7 +270,7 @@ def _by_space(
             groups.append([])
         groups[spaces.index(space)].append(record)
     return tuple(
-        _Group(
+        Group(
             space,
             ", ".join(dict.fromkeys(r.corpus for r in group)),
             frozenset(r.uid for r in group),
@@ -263,133 +295,3 @@ def mask_streams(name: str) -> tuple[str, ...]:
             f"unknown mask '{name}'.{near_miss(name, MASKS)} Allowed: {', '.join(MASKS)}"
         )
     return MASKS[name]
-
-
-def _score(
-    predictions: Sequence[Prediction], space: LabelSpace, field: LabelField
-) -> SingleLabelScores | MultiLabelScores:
-    parses = [p.parse for p in predictions]
-    if field in SEVERAL_LABELS:
-        return score_multi_label(
-            [p.truths for p in predictions],
-            [p.labels for p in predictions],
-            space.labels,
-            parses,
-            [p.unread for p in predictions],
-        )
-    return score_single_label(
-        [p.truth for p in predictions], [p.label for p in predictions], space.labels, parses
-    )
-
-
-def read_history(path: Path) -> tuple[HistoryRow, ...]:
-    """Read a run's metrics.jsonl: one row per step, of training, validation or both.
-
-    A step has a line for each of the two. Nothing is there of a run that logged nothing, and the
-    unfinished last line of a killed process is left out.
-    """
-    if not path.is_file():
-        return ()
-    steps: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if "loss" in row or "val_loss" in row:
-            steps.setdefault((row["stage"], row["step"]), {}).update(row)
-    return tuple(
-        HistoryRow(
-            stage=stage,
-            step=step,
-            loss=row.get("loss"),
-            learning_rate=row.get("learning_rate"),
-            clips_per_s=row.get("samples_per_s"),
-            tokens_per_s=row.get("tokens_per_s"),
-            data_wait=row.get("data_wait"),
-            val_loss=row.get("val_loss"),
-            val_token_accuracy=row.get("val_token_accuracy"),
-        )
-        for (stage, step), row in steps.items()
-    )
-
-
-def _weights(run: Path, trained: TrainedRun, weights: Literal["final", "best"]) -> str:
-    """Say which weights were scored; the step counts within the stage, as the folder's name does."""
-    stage = trained.info.finished[-1]
-    if weights == "final":
-        return f"final, at the end of {stage}"
-    folder = best_folder(run / stage)
-    assert folder is not None  # they were loaded
-    metric = trained.preset.execution.best_metric.replace("_", " ")
-    return f"best validation {metric}: {stage}/{folder.name}"
-
-
-def _throughput(trained: TrainedRun, clips_per_s: float) -> tuple[Fact, ...]:
-    facts = [Fact(name="generation", value=clips_per_s, unit="replies/s")]
-    for stage in trained.preset.stages:
-        seconds = trained.info.seconds.get(stage.name)
-        if seconds:
-            n = stage.n_steps * stage.optim.batch_size * stage.optim.accumulate
-            if stage.optim.max_tokens is None:  # else as many clips as fit
-                facts.append(
-                    Fact(name=f"training, {stage.name}", value=n / seconds, unit="clips/s")
-                )
-            facts.append(Fact(name=f"duration, {stage.name}", value=seconds, unit="s"))
-    return tuple(facts)
-
-
-def _store_rows(store: TokenStore, reader: ViewReader) -> tuple[StoreRow, ...]:
-    rows = []
-    for stream in STREAMS:
-        spec = reader.specs[stream]
-        index = store.index(spec)
-        counts = index.counts()
-        rows.append(
-            StoreRow(
-                stream=stream,
-                spec_id=spec.spec_id,
-                n_ok=counts[Status.OK],
-                n_absent=counts[Status.ABSENT],
-                n_failed=counts[Status.FAILED],
-                size_bytes=index.n_bytes,
-            )
-        )
-    return tuple(rows)
-
-
-def _parsing(predictions: Sequence[Prediction]) -> Parsing:
-    bad = [p for p in predictions if p.parse == "off_list"]
-    return Parsing(
-        counts=dict(Counter(p.parse for p in predictions)),
-        examples=tuple(
-            OffListReply(uid=p.uid, truth=p.truth or ", ".join(p.truths) or None, reply=p.reply)
-            for p in bad[:5]
-        ),
-    )
-
-
-def _provenance(trained: TrainedRun, reader: ViewReader, pool_id: str) -> dict[str, str]:
-    return {
-        "run": trained.info.run_id,
-        "seed": str(trained.preset.seed),
-        "instructions": pool_id,
-        "language model": trained.preset.model.llm.path,
-        "trained parameters": f"{sum(trained.info.trainable.values()):,}",
-        **{f"{stream} spec": spec.spec_id for stream, spec in reader.specs.items()},
-        **{
-            f"{stream} view": getattr(trained.preset.views, stream).definition(spec)
-            for stream, spec in reader.specs.items()
-        },
-        **trained.info.versions,
-    }
-
-
-def _notes(n_scored: int, n_left_out: int, split: str) -> tuple[str, ...]:
-    notes = [f"{n_scored} records of split {split!r} are scored under every condition."]
-    if n_left_out:
-        notes.append(
-            f"{n_left_out} records of the split are left out: no label, or no tokens by the choice "
-            "of data.absent and data.failed."
-        )
-    return tuple(notes)

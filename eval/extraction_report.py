@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from cache.files import write_text_aside
+from eval.formats import excerpt, human_size, number
 from eval.pages import page_environment
 from eval.progress import human_time
-from eval.report import excerpt, human_size, number
 from eval.tables import MEANINGS
 from extract.failures import AnyKind
 from extract.summary import JobSummary, WorkerSummary

@@ -1,4 +1,7 @@
-"""The figures of a report, each as inline SVG for the HTML page and as PNG beside Markdown."""
+"""Figures of a training and of stored tokens, each as inline SVG for HTML and as PNG beside Markdown.
+
+Those of scores are in `eval.report.plots`.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from cache.files import write_aside
 from cache.statistics import OUTLIER_FACTOR, TokenStatistics
 from eval.figures import Plot, Theme, draw, hide_spines, one_line
-from eval.metrics import SingleLabelScores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-OFF_LIST: Final = "off list"
-"""The name of the last column of a confusion matrix."""
-
 MAX_POINTS: Final = 2000
 """Points drawn per curve; of a longer history every n-th row, so that the page stays small."""
-
-_WHITE_TEXT_ABOVE: Final = 0.75
-"""Share of a row from which dark text on a cell has less contrast than white text."""
 
 
 class Curve(NamedTuple):
@@ -46,15 +42,6 @@ class Curve(NamedTuple):
     def last_step(self) -> int:
         """Where the stage ends."""
         return max((*self.steps[-1:], *self.val_steps[-1:]))
-
-
-def draw_confusion(scores: SingleLabelScores) -> Plot:
-    """Draw a confusion matrix: colour is the share of the row, the text in a cell is the count.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    return draw(lambda theme: _confusion(scores, theme), "confusion")
 
 
 def draw_training(curves: Sequence[Curve]) -> Plot:
@@ -83,56 +70,6 @@ def plot_statistics(statistics: TokenStatistics, path: Path) -> Plot:
     with write_aside(path) as aside:
         aside.write_bytes(plot.png)
     return plot
-
-
-def _confusion(scores: SingleLabelScores, theme: Theme) -> Figure:
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    n = len(scores.labels)
-    names = [one_line(label) for label in scores.labels]
-    longest = max(map(len, names))
-    width_in = 0.9 + 0.09 * longest + 0.54 * (n + 1.3)
-    figure = Figure(figsize=(width_in, 0.7 + 0.07 * longest + 0.42 * n), layout="constrained")
-    axes = figure.add_subplot()
-    columns = [*range(n), n + 0.3]  # a gap before "off list": it is no class
-    for y, row in enumerate(scores.confusion):
-        total = sum(row)
-        for x, count in zip(columns, row, strict=True):
-            share = count / total if total else 0.0
-            hue = theme.accent if x < n else theme.warn
-            axes.add_patch(
-                Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, facecolor=hue, alpha=share, lw=0)
-            )
-            axes.add_patch(
-                Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, edgecolor=theme.rule, lw=1)
-            )
-            ink = "#ffffff" if share > _WHITE_TEXT_ABOVE else theme.ink
-            axes.text(
-                x,
-                y,
-                f"{count:,}",
-                ha="center",
-                va="center_baseline",
-                color=ink if count else theme.muted,
-                fontsize=10 if count < 10_000 else 8,
-            )
-    axes.set_xlim(-0.55, n + 0.85)
-    axes.set_ylim(n - 0.5, -0.5)
-    slanted = n > 3 and longest > 6
-    axes.set_xticks(
-        columns,
-        [*names, OFF_LIST],
-        rotation=35 if slanted else 0,
-        ha="right" if slanted else "center",
-        rotation_mode="anchor" if slanted else "default",
-    )
-    axes.set_yticks(range(n), names)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("truth")
-    axes.tick_params(length=0)
-    hide_spines(axes, "top", "right", "bottom", "left")
-    return figure
 
 
 def _training(curves: Sequence[Curve], theme: Theme) -> Figure:

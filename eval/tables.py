@@ -15,8 +15,8 @@ from cache.layout import CLIPS_PER_SHARD, arrays
 from cache.lifecycle import Garbage
 from cache.spec import TokenSpec
 from cache.store import TokenStore
+from eval.formats import human_size
 from eval.progress import human_time
-from eval.report import human_size
 from extract.failures import TRANSIENT, AnyKind
 from extract.plan import NEVER, OTHER_SPEC, RETRY, Plan
 

@@ -128,6 +128,10 @@ def test_the_five_verbs_by_hand(
         4,
         "--task",
         "emotion",
+        "--likelihoods",
+        "--reasoning",
+        "--examples",
+        1,
     )
     assert code == 0
     folder_out = out / "eval-test-emotion"
@@ -135,6 +139,11 @@ def test_the_five_verbs_by_hand(
     assert {(p.uid, p.masked) for p in predictions} == {
         (uid, masked) for uid in ("clips/c4", "clips/c5") for masked in ((), ("audio",))
     }
+    for prediction in predictions:
+        assert set(prediction.likelihoods or ()) == {"happy", "sad"}
+    explained = read_predictions(folder_out / "examples.jsonl")
+    assert [(p.task, p.masked) for p in explained] == [("think", ()), ("think", ("audio",))]
+    assert (folder_out / "report.html").read_text().count("data:image/jpeg") >= 5
     scores = json.loads((folder_out / "scores.json").read_text())
     assert set(scores) == {"all streams", "audio masked"}
     assert scores["all streams"]["n_scored"] == 2

@@ -17,28 +17,21 @@ from cache.errors import MissingDependencyError
 from cache.manifest import Manifest
 from cache.spec import TokenSpec
 from cache.store import TokenStore
-from eval.evaluate import evaluate, read_history
+from eval.evaluate import evaluate
+from eval.formats import escape_markdown, excerpt, human_size, number, percent, points
 from eval.metrics import score_single_label
-from eval.plots import MAX_POINTS, Curve, draw_confusion, draw_training
-from eval.report import (
+from eval.plots import MAX_POINTS, Curve, draw_training
+from eval.report.data import (
     Fact,
-    HistoryRow,
     OffListReply,
     Parsing,
     ReportData,
     ScoreRow,
     StoreRow,
-    escape_markdown,
-    excerpt,
-    human_size,
-    number,
-    percent,
-    points,
-    score_table,
-    summarize_stages,
-    training_curves,
-    write_report,
 )
+from eval.report.history import HistoryRow, read_history, summarize_stages, training_curves
+from eval.report.page import score_table, write_report
+from eval.report.plots import draw_confusion
 from tests.conftest import key_of, make_clip
 from tests.training import described, header_of
 from train.config import configure
@@ -160,7 +153,7 @@ def test_the_page_loads_nothing(written: tuple[str, str, Path]) -> None:
     assert "http" not in re.sub(r'http-equiv="Content-Security-Policy"', "", written[0])
     assert not re.search(r"@import|url\((?!#)", written[0])
     assert len(page.ids) == len(set(page.ids))
-    assert page.tags.count("svg") == 2
+    assert page.tags.count("svg") == 3
 
 
 def test_text_from_outside_is_escaped(written: tuple[str, str, Path]) -> None:
@@ -305,7 +298,7 @@ def test_a_report_says_which_weights_were_scored(
 def test_the_markdown_links_to_its_figures(written: tuple[str, str, Path]) -> None:
     _, markdown, folder = written
     linked = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", markdown)
-    assert linked == ["report-confusion.png", "report-training.png"]
+    assert linked == ["report-confusion.png", "report-labels.png", "report-training.png"]
     for name in linked:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in folder.iterdir()) == sorted([*linked, "report.html", "report.md"])
@@ -331,7 +324,7 @@ def test_a_report_of_scores_alone(tmp_path: Path) -> None:
     )  # fmt: skip
     html, markdown = write_report(data, tmp_path)
     page = Page(html.read_text(encoding="utf-8"))
-    assert page.tags.count("svg") == 1
+    assert page.tags.count("svg") == 2
     assert "Training" not in page.text
     assert "report-training.png" not in markdown.read_text(encoding="utf-8")
     assert ["all streams", "0.00", "0.00", "0.00", "1", "0", "1"] in page.rows

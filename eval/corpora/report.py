@@ -9,9 +9,9 @@ from typing import Any, Final
 from cache.files import write_text_aside
 from eval.corpora.plots import draw_corpus, write_plots
 from eval.corpora.statistics import SPLITS, CorpusStatistics, total
+from eval.formats import escape_markdown, number
 from eval.pages import page_environment
 from eval.progress import human_time
-from eval.report import escape_markdown, number
 from extract.annotate.evidence.action_units import load_units
 
 FIELD_NAMES: Final[Mapping[str, str]] = {

@@ -13,7 +13,7 @@ from rich.text import Text
 from cache.clip import Clip, Record
 from cache.labels import LABEL_FIELDS
 from cache.manifest import Header
-from eval.report import human_size
+from eval.formats import human_size
 from train.config import Preset
 from train.export import Preview, preview
 from train.instructions import LABELS_SLOT, InstructionPools

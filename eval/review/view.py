@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from eval.report import percent
+from eval.formats import percent
 from extract.annotate.people.agreement import Agreement, Group, Kappa, Pair
 from extract.annotate.people.quality import MEANINGS, QualityReport
 from extract.annotate.people.review import ASPECTS, Aspect

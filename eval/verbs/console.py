@@ -21,7 +21,7 @@ DONE, FINDINGS, REFUSED, INTERRUPTED = 0, 1, 2, 130
 _EXTRAS = {
     "openai": "annotate", "jsonschema": "annotate", "h5py": "exchange", "datasets": "hub",
     "extract": "extract", "index": "extract", "train": "train", "annotate": "extract,annotate",
-    "annotate_worker": "extract,annotate",
+    "annotate_worker": "extract,annotate", "predict": "extract,train",
 }  # fmt: skip
 """Library, or else verb -> what to install."""
 

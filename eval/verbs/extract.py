@@ -626,7 +626,7 @@ def _check_done(job: Job) -> None:
 
 
 def _print_done(done: JobSummary, where: str) -> None:
-    from eval.report import human_size
+    from eval.formats import human_size
     from eval.tables import status_table
 
     if done.counts:

@@ -201,8 +201,8 @@ def store_compact(
     """Join small and superseded units to full shards; `gc` removes the old ones."""
     from cache.lifecycle import compact
     from cache.store import TokenStore
+    from eval.formats import human_size
     from eval.progress import progress_bar
-    from eval.report import human_size
     from eval.verbs.arguments import spec_of
 
     opened = TokenStore.open(store)
@@ -235,8 +235,8 @@ def store_sync(
     """Copy what DST lacks, folder or bucket, checked on both sides; run again to continue."""
     from cache.lifecycle import sync
     from cache.store import TokenStore
+    from eval.formats import human_size
     from eval.progress import progress_bar
-    from eval.report import human_size
     from eval.verbs.arguments import compression_of, spec_of
 
     opened = TokenStore.open(source)
@@ -282,8 +282,8 @@ def store_verify(
     """Read everything back and compare it with its checksums, its spec and its manifest."""
     from cache.audit import doctor_open, verify
     from cache.manifest import read_manifest
+    from eval.formats import human_size
     from eval.progress import progress_bar
-    from eval.report import human_size
     from eval.tables import finding_table
 
     if deep and manifest is None:
@@ -433,8 +433,8 @@ def store_export(
     from cache.manifest import read_manifest
     from cache.npy import export_npy
     from cache.store import TokenStore
+    from eval.formats import human_size
     from eval.progress import progress_bar
-    from eval.report import human_size
     from eval.verbs.arguments import one_of, spec_of
 
     one_of("--hdf5 FILE", hdf5, "--npy FOLDER", npy)
