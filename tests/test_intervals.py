@@ -269,6 +269,7 @@ def test_holm_by_hand() -> None:
     assert holm([]) == []
 
 
+@pytest.mark.slow
 def test_all_sets_in_seconds() -> None:
     """As many items as the eighteen sets have, sums as wide as the widest."""
     import time
