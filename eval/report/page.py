@@ -174,21 +174,24 @@ def score_table(rows: Sequence[ScoreRow]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    # Heads of two lines, and nothing that wraps: it must fit 80 columns.
     table = Table(
-        "condition",
         title="Scores in percent",
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
     )
+    table.add_column("condition", no_wrap=True)
     intervals = [row.intervals.get("accuracy") for row in rows]
-    level = next((f"{100 * i.level:g} % interval" for i in intervals if i is not None), None)
-    shown = ["accuracy", *([level] if level else []), "weighted F1", "UAR"]
-    for column in (*shown, "scored", "off list", "empty"):
-        table.add_column(column, justify="right")
+    level = next((f"{100 * i.level:g} %\ninterval" for i in intervals if i is not None), None)
+    shown = ["accuracy", *([level] if level else []), "weighted\nF1", "UAR"]
+    for column in (*shown, "scored", "off\nlist", "empty"):
+        table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
     for row, found in zip(rows, intervals, strict=True):
         scores = row.scores
-        about = [] if level is None else [NONE if found is None else span(found).strip("()")]
+        between = NONE if found is None else f"{100 * found.low:.1f}-{100 * found.high:.1f}"
+        about = [] if level is None else [between]
         table.add_row(
             Text(row.name),  # not markup: a name may hold brackets
             percent(scores.accuracy),
