@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import random
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cache.clip import Clip, Record, Subtitle
 from cache.commit import ClipTokens
-from cache.labels import LabelField
 from cache.manifest import Header, Manifest
 from cache.spec import TokenSpec
 from cache.store import TokenStore
@@ -58,16 +55,8 @@ def truths_of(name: str) -> list[tuple[str, ...]]:
             (label,) for label in itertools.islice(itertools.cycle(dict.fromkeys(known)), row.n)
         ]
     chance = random.Random(name)
-    return [
-        tuple(
-            sorted(
-                chance.sample(row.options, 1 + chance.randrange(4 if name == "bold" else 3) or 1)
-            )
-        )
-        if name != "mafw-m"
-        else tuple(sorted(chance.sample(row.options, 2)))
-        for _ in range(row.n)
-    ]
+    sizes = (2, 2) if name == "mafw-m" else (1, 3)
+    return [tuple(sorted(chance.sample(row.options, chance.randint(*sizes)))) for _ in range(row.n)]
 
 
 def records_of(every: int = 1) -> Iterator[Record]:
@@ -112,7 +101,6 @@ def bench_header() -> Header:
         f"{row.corpus}/{row.field}": corpus_row(row.corpus).spaces[row.field]
         for row in benchmarks().values()
     }
-    # MELD's dev clips of MELD-s, MAFW's several labels, ... : every field that a record may have.
     return Header(media_root=".", label_spaces=spaces)
 
 
@@ -157,25 +145,3 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
     )
     return path
-
-
-def prevalence(truths: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return the share of items that have each label."""
-    counts = Counter(label for truth in truths for label in set(truth))
-    return {label: n / len(truths) for label, n in counts.items()}
-
-
-def weighted_f1_of_a_constant(truths: Sequence[str], constant: str) -> float:
-    """Return what always saying one label gives, by hand: its share times 2 share / (1 + share)."""
-    share = truths.count(constant) / len(truths)
-    return share * 2 * share / (1 + share) if share else 0.0
-
-
-def fields_of(name: str) -> LabelField:
-    """Return the label field of a set."""
-    return benchmarks()[name].field
-
-
-def is_close(a: float, b: float) -> bool:
-    """Return whether two fractions are the same number."""
-    return math.isclose(a, b, abs_tol=1e-12)

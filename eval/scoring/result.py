@@ -18,10 +18,11 @@ if it has one; `label`: what `eval.parse` reads in it, so punctuation and aliase
 
 
 class Counts(Model):
-    """Where the items of a set went; `offered` is `scored` and `skipped` together."""
+    """Where the items of a set went."""
 
     offered: int
-    """Items handed in, or truths where they come from a file of their own."""
+    """`scored` and `skipped` together: all rows handed in for the set, also of other modes and ids without
+    a truth, and true ids without a row."""
     scored: int
     """Of them, those that enter the score; of wheels, those that at least one wheel scores."""
     skipped: int
