@@ -154,6 +154,13 @@ def test_a_scored_item_of_a_foreign_file_becomes_a_card() -> None:
     card = card_of_item(item, "OV-MERD", "right")
     assert (card.reply.outcome, card.reply.reasoning, card.group) == ("right", "It is", "OV-MERD")
     assert card_of_item(item, "OV-MERD").reply.outcome == "wrong"
+    assert card.reply.asked == "m", "a foreign file tells which part of the set, and no more"
+
+
+def test_a_scored_item_of_ours_says_what_was_asked_and_not_its_split() -> None:
+    asked = prediction("meld/a", task="think", split="test", masked=("audio",))
+    item = Item("meld/a", "test", ("sad",), "sad", ("sad",), "exact", asked)
+    assert card_of_item(item, "MELD").reply.asked == "think, audio masked"
 
 
 def heights_of(path: str) -> list[tuple[float, float]]:
