@@ -34,8 +34,8 @@ ROWS = "emocache_rows"
 _SCORED_AT_ONCE = 512
 """Positions of candidates in one pass: each has logits over the whole vocabulary."""
 PREFILLED_AT_ONCE = 2048
-"""Positions of prompts in one pass, at the borders of clips: with more, a CPU's caches no longer hold what
-each layer hands on, and longer matrices are computed no faster."""
+"""Positions of prompts in one pass, at the borders of clips: more are computed slower on a CPU, see
+docs/evaluation_speed.md."""
 
 
 @dataclass(frozen=True)

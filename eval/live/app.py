@@ -26,7 +26,7 @@ from eval.live.guard import Guard
 from eval.live.jobs import JobLine
 from eval.live.page import TEMPLATES, Example, Page, theme
 from eval.live.uploads import BusyError, PageLimits, TooLargeError, Uploads
-from eval.own_page import LOOPBACK
+from eval.origins import LOOPBACK
 
 if TYPE_CHECKING:
     from eval.live.answer import LiveModel

@@ -12,7 +12,7 @@ import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from eval.own_page import accepts_host, is_own_page
+from eval.origins import accepts_host, is_own_page
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

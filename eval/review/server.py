@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from cache.errors import EmocacheError, SchemaError
-from eval.own_page import LOOPBACK, accepts_host, is_own_page
+from eval.origins import LOOPBACK, accepts_host, is_own_page
 from eval.review.session import ReviewSession, media_type
 
 logger = logging.getLogger(__name__)
