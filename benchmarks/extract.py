@@ -54,13 +54,14 @@ from rich.table import Table
 # Ahead of this folder, in which `extract` is this file.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from encoders import FULL, MIDDLE, TINY, Networks, checkpoint_path, of_one_width, write_checkpoint
+from encoders import FULL, MIDDLE, TINY, Networks
 
 from cache.clip import Clip, Record
 from cache.encoders import Encoder, WhisperEncoder
 from cache.layout import CLIPS_PER_SHARD, arrays
 from cache.spec import TokenSpec
 from extract.config import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, Precision, n_cores
+from extract.tiny.made_up import checkpoint_path, of_one_width, write_checkpoint
 from extract.workers.unit import tokens_per_clip
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ is damaged, nothing else is trusted in its place, and only a copy of the store h
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ from pathlib import Path
 from cache import layout
 from cache.clip import Record
 from cache.commit import Entry, Status, read_commit, unit_ids
-from cache.encoders import AUDIO_FRAMES_PER_S
 from cache.errors import SchemaError, StoreError
 from cache.index import Index
 from cache.inspection import (
@@ -395,13 +393,13 @@ def _disagreement(spec: TokenSpec, entry: Entry, record: Record) -> str | None:
     """Return how an entry contradicts what a manifest says of the clip."""
     clip = record.seen_clip
     has = {"audio": clip.has_audio, "video": clip.has_video, "image": clip.has_image}[spec.stream]
-    if has and entry.status is Status.ABSENT:
+    if has and entry.status is Status.ABSENT and entry.reason is None:
         return f"the {spec.stream} stream is absent, but the manifest says that there is one"
     if has is False and entry.status is Status.OK:
         return f"there are {spec.stream} tokens, but the manifest says that there is no such stream"
     if spec.stream != "audio" or entry.status is not Status.OK or clip.duration_s is None:
         return None
-    expected = min(spec.max_shape[0], math.ceil(clip.duration_s * AUDIO_FRAMES_PER_S))
+    expected = spec.audio_tokens(clip.duration_s)
     if entry.valid_len > expected + _AUDIO_TOLERANCE:
         return "more audio tokens than the clip's duration holds"
     # Beside pictures a sound may end early; where damage was passed over, samples are lost.

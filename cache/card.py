@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from cache import layout
 from cache.commit import Commit, Entry, Status
 from cache.encoders import AUDIO_FRAMES_PER_S, HubertEncoder, SoundEncoder, WhisperEncoder
-from cache.spec import Frames, Pixels, TokenSpec
+from cache.spec import FaceCrop, Frames, Pixels, TokenSpec
 from cache.store import TokenStore
 
 _REASONS = 10
@@ -142,20 +142,40 @@ def _preprocessing(spec: TokenSpec) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = []
     if spec.sample_rate_hz is not None:
         rows += [
-            ("sound", f"mono, {spec.sample_rate_hz} Hz; only frames that hear the clip are kept"),
+            ("sound", f"mono, {spec.sample_rate_hz} Hz; {_heard(spec)}"),
             ("token rate", f"{AUDIO_FRAMES_PER_S} per second"),
         ]
     if spec.frames is not None:
         rows.append(("frames", _which_frames(spec.frames)))
+    if spec.crop is not None:
+        rows.append(("part of a frame", _which_part(spec.crop)))
     if spec.pixels is not None:
         rows += _picture(spec.pixels)
     return [*rows, ("decode policy", spec.decode_policy)]
 
 
+def _heard(spec: TokenSpec) -> str:
+    if isinstance(spec.encoder, WhisperEncoder) and spec.encoder.padded:
+        return "all frames of the zero-padded window are kept"
+    return "only frames that hear the clip are kept"
+
+
 def _which_frames(frames: Frames) -> str:
     if frames.kind == "uniform":
         return f"{frames.n_frames}, the centres of as many equal segments"
+    if frames.kind == "window":
+        return (
+            f"{frames.n_frames} consecutive ones at an offset by the clip's digest and seed {frames.seed}; "
+            "of a shorter clip as many at equal distances"
+        )
     return _FRAMES[frames.kind]
+
+
+def _which_part(crop: FaceCrop) -> str:
+    return (
+        f"the square around the face as {crop.by} found it, with {crop.margin:g} of its longer edge added "
+        "on each side, moved to lie within the picture"
+    )
 
 
 def _picture(pixels: Pixels) -> list[tuple[str, object]]:

@@ -29,7 +29,7 @@ class Status(StrEnum):
 
     OK = "ok"
     ABSENT = "absent"
-    """The clip has no such stream."""
+    """The clip has no such stream, or nothing in it of what the spec encodes: a face."""
     FAILED = "failed"
     """The stream is there but could not be encoded; the entry holds the reason."""
 
@@ -50,7 +50,7 @@ class ClipTokens:
     """Audio (T, D), video (F, P, D), image (1 + P, D), floats or, for an int8 spec, quantised already;
     None unless the status is ok."""
     reason: str | None = None
-    """Why it failed; None otherwise."""
+    """Why it failed; why it is absent, if there is more to say than that the clip has no such stream."""
     remark: str | None = None
     """Damage in the media that decoding passed over although the stream is ok."""
     truncated: bool = False
@@ -73,7 +73,7 @@ class Entry(Model):
     crc32c: int | None = None
     """CRC-32C of the valid tokens' little-endian bytes; None unless the status is ok."""
     reason: str | None = None
-    """Why the stream failed."""
+    """Why the stream failed, or why it is absent although the clip has it."""
     remark: str | None = None
     """Damage that decoding passed over."""
     truncated: bool = False

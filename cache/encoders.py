@@ -65,11 +65,14 @@ class SoundEncoder(_Encoder):
 
 
 class WhisperEncoder(SoundEncoder):
-    """The encoder half of a Whisper model, never its decoder's states; tokens of the sound only."""
+    """The encoder half of a Whisper model, never its decoder's states."""
 
     kind: Literal["whisper"] = "whisper"
     n_mels: int = Field(gt=0)
     """Mel bins of the input: 128 for large-v3, 80 for the others."""
+    padded: bool = False
+    """True stores all `n_context` frames of the zero-padded window, as the released code pools them; False
+    stores those that hear the clip."""
 
 
 class HubertEncoder(SoundEncoder):

@@ -48,7 +48,7 @@ def configured(
                 f"override {item!r} is not key=value. Example: {example}; "
                 f"`{shown_by} {name}` lists the keys."
             )
-        _assign(data, path, _parse(text, item), growing)
+        assign(data, path, _parse(text, item), growing)
     return decode(type(start), data, f"preset '{name}'")
 
 
@@ -82,8 +82,18 @@ def _merge(data: dict[str, Any], new: Mapping[str, Any], where: str) -> None:
             data[key] = value
 
 
-def _assign(data: Any, path: str, value: Any, growing: Collection[str]) -> None:
-    """Set a dotted path in nested dictionaries and lists."""
+def assign(data: Any, path: str, value: Any, growing: Collection[str] = ()) -> None:
+    """Set a dotted path in nested dictionaries and lists.
+
+    Args:
+        data: A dumped configuration; changed in place.
+        path: `stages.0.n_steps`; list items by number.
+        value: Plain data; None takes an item out of a list, and the ones behind it move up.
+        growing: Fields that map a user's own keys, to which one may be added.
+
+    Raises:
+        SchemaError: No such path; names the near miss and what is allowed there.
+    """
     parts = path.split(".")
     node = data
     for depth, part in enumerate(parts):
@@ -106,7 +116,9 @@ def _assign(data: Any, path: str, value: Any, growing: Collection[str]) -> None:
             key = part
         else:
             raise SchemaError(f"unknown key '{path}': {where} is a single value ({node!r})")
-        if last:
+        if last and value is None and isinstance(node, list):
+            del node[key]
+        elif last:
             node[key] = value
         else:
             node = node[key]

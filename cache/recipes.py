@@ -13,15 +13,15 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter
 
-from cache.encoders import NAMED_ENCODERS, SAMPLE_RATE_HZ, Encoder, SoundEncoder
+from cache.encoders import NAMED_ENCODERS, SAMPLE_RATE_HZ, Encoder, SoundEncoder, WhisperEncoder
 from cache.errors import SchemaError, near_miss
 from cache.schema import decode
-from cache.spec import Frames, Pixels, Stream, TokenSpec
+from cache.spec import FaceCrop, Frames, Pixels, Stream, TokenSpec
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_GRAMMAR = "NAME[:STREAM][+cls][+utt], several joined by commas"
+_GRAMMAR = "NAME[:STREAM][+face][+cls][+utt], several joined by commas"
 
 _ENCODER: TypeAdapter[Encoder] = TypeAdapter(Encoder)
 _BY_NAME: dict[str, Encoder] = {
@@ -52,10 +52,10 @@ def token_specs(text: str) -> tuple[TokenSpec, ...]:
     """Return the specs that a list of names means.
 
     Args:
-        text: `NAME[:STREAM][+cls][+utt]`, several joined by commas. NAME is one of `NAMED_ENCODERS`.
-            STREAM is `audio`, `video` or `image`; without one, all that the network can make tokens
-            of. `+cls` stores the CLS token alone, `+utt` the mean over time alone, both together the
-            mean of the CLS tokens.
+        text: `NAME[:STREAM][+face][+cls][+utt]`, several joined by commas. NAME is one of
+            `NAMED_ENCODERS`. STREAM is `audio`, `video` or `image`; without one, all that the network
+            can make tokens of. `+face` encodes the face alone, by OpenFace's tables. `+cls` stores the
+            CLS token alone, `+utt` the mean over time alone, both together the mean of the CLS tokens.
 
     Returns:
         The specs in the order of the names, of one name in the order of `STREAMS`; weights are open.
@@ -108,6 +108,7 @@ class _Item:
 
     encoder: Encoder
     streams: tuple[Stream, ...]
+    face: bool
     cls_only: bool
     utterance: bool
 
@@ -140,8 +141,12 @@ def _parse(item: str, text: str) -> _Item:
                 f"Allowed: {', '.join(f'{name}:{known}' for known in streams)}"
             )
         streams = chosen
-    allowed = ["cls", "utt"] if encoder.takes == "pictures" else ["utt"]
+    allowed = {"sound": ["utt"], "pictures": ["face", "cls", "utt"], "frames": ["face", "utt"]}[
+        encoder.takes
+    ]
     for option in options:
+        if option == "face" and option not in allowed:
+            raise SchemaError(f"{where}: '{name}' hears sound, so '+face' does not fit.")
         if option == "cls" and option not in allowed:
             raise SchemaError(
                 f"{where}: '{name}' has no CLS token, so '+cls' does not fit. "
@@ -152,7 +157,8 @@ def _parse(item: str, text: str) -> _Item:
                 f"{where}: unknown option '+{option}'.{near_miss(option, allowed)} "
                 f"Allowed for '{name}': {', '.join(f'+{known}' for known in allowed)}"
             )
-    return _Item(encoder, streams, cls_only="cls" in options, utterance="utt" in options)
+    face, cls_only, utterance = (option in options for option in ("face", "cls", "utt"))
+    return _Item(encoder, streams, face=face, cls_only=cls_only, utterance=utterance)
 
 
 def _spec(item: _Item, stream: Stream) -> TokenSpec:
@@ -161,6 +167,7 @@ def _spec(item: _Item, stream: Stream) -> TokenSpec:
         fields["sample_rate_hz"] = SAMPLE_RATE_HZ
     else:
         fields["pixels"] = _PIXELS[item.encoder.kind, stream]
+        fields["crop"] = FaceCrop() if item.face else None
         fields["frames"] = (
             Frames(kind="middle") if stream == "image" else Frames(kind="uniform", n_frames=16)
         )
@@ -180,13 +187,18 @@ def label_of(spec: TokenSpec) -> str:
     label = f"{spec.stream} {_name_of(encoder)}"
     if layer is not None:
         label += f" layer {layer}"
-    return label + "+cls" * spec.cls_only + "+utt" * spec.utterance
+    if isinstance(encoder, WhisperEncoder) and encoder.padded:
+        label += " padded"
+    face = "+face" * (spec.crop is not None)
+    return label + face + "+cls" * spec.cls_only + "+utt" * spec.utterance
 
 
 def _name_of(encoder: Encoder) -> str:
     plain = encoder.model_copy(update={"weights_sha256": None})
     if isinstance(plain, SoundEncoder):
         plain = plain.model_copy(update={"layer": None})
+    if isinstance(plain, WhisperEncoder):
+        plain = plain.model_copy(update={"padded": False})
     names = sorted((name for name, known in _BY_NAME.items() if known == plain), key=len)
     if not names:
         blocks = encoder.n_layers if isinstance(encoder, SoundEncoder) else encoder.depth

@@ -52,17 +52,24 @@ def decode_json(model: type[M], text: str | bytes, where: str) -> M:
 
 def describe(model: type[BaseModel], error: ValidationError) -> str:
     """Put a pydantic error into one line: dotted path, value, what is allowed, near miss."""
+    return "; ".join(text for _, text in located(model, error))
+
+
+def located(
+    model: type[BaseModel], error: ValidationError
+) -> list[tuple[tuple[int | str, ...], str]]:
+    """Return each fault of a pydantic error: where it is, and what `describe` says of it."""
     parts = []
     for item in error.errors(include_url=False):
         path = ".".join(str(p) for p in item["loc"])
         if item["type"] == "extra_forbidden":
             allowed = sorted(_field_names(model, item["loc"][:-1]))
             name = str(item["loc"][-1])
-            parts.append(
+            text = (
                 f"unknown field '{path}'.{near_miss(name, allowed)} Allowed: {', '.join(allowed)}"
             )
         elif item["type"] == "missing":
-            parts.append(f"missing field '{path}'")
+            text = f"missing field '{path}'"
         else:
             got = item.get("input")
             hint = ""
@@ -72,8 +79,9 @@ def describe(model: type[BaseModel], error: ValidationError) -> str:
                     got, [e.strip("'") for e in expected.replace(" or ", ", ").split(", ")]
                 )
             message = item["msg"].removeprefix("Value error, ")
-            parts.append(f"'{path}': {message} (got {_short(got)}){hint}" if path else message)
-    return "; ".join(parts)
+            text = f"'{path}': {message} (got {_short(got)}){hint}" if path else message
+        parts.append((item["loc"], text))
+    return parts
 
 
 def _short(value: Any, limit: int = 120) -> str:

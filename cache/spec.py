@@ -6,6 +6,7 @@ Paths, devices, batch sizes, worker counts and hosts never stand here: they do n
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -13,18 +14,23 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from cache.encoders import (
+    AUDIO_FRAMES_PER_S,
     NAMED_ENCODERS,
     SAMPLE_RATE_HZ,
     Encoder,
     SoundEncoder,
     VideoMaeEncoder,
     VisionEncoder,
+    WhisperEncoder,
 )
 from cache.errors import SpecMismatchError
 from cache.schema import Model, canonical_json
 
 Stream = Literal["audio", "video", "image"]
 STREAMS: tuple[Stream, ...] = ("audio", "video", "image")
+
+WINDOW_SEED = 42
+"""Default seed of `Frames.kind="window"`."""
 
 DECODE_POLICY = 1
 """Version of the rules in `extract/decode.py` (which stream, which frame). Raise it when they change."""
@@ -33,15 +39,35 @@ DECODE_POLICY = 1
 class Frames(Model):
     """Which frames of a clip are encoded."""
 
-    kind: Literal["middle", "first", "peak", "uniform"]
-    """`uniform`: centres of `n_frames` equal segments; `peak`: the frame that the record names."""
+    kind: Literal["middle", "first", "peak", "uniform", "window"]
+    """`uniform`: centres of `n_frames` equal segments; `peak`: the frame that the record names; `window`:
+    `n_frames` consecutive frames at an offset that `seed` and the clip's digest decide, as the released
+    code draws them from a shared stream (docs/extraction.md)."""
     n_frames: int = Field(default=1, gt=0)
+    seed: int = Field(default=WINDOW_SEED, ge=0)
+    """`window` only: of the offset."""
 
     @model_validator(mode="after")
-    def _one_unless_uniform(self) -> Frames:
-        if self.kind != "uniform" and self.n_frames != 1:
+    def _fits_its_kind(self) -> Frames:
+        if self.kind not in ("uniform", "window") and self.n_frames != 1:
             raise ValueError(f"frames '{self.kind}' picks one frame; n_frames must be 1")
+        if self.kind != "window" and self.seed != WINDOW_SEED:
+            raise ValueError(f"frames '{self.kind}' draws nothing; seed is for 'window' alone")
         return self
+
+
+class FaceCrop(Model):
+    """Which part of each frame is encoded: a square around the face.
+
+    Where the face is comes from outside, as the peak frame does: from OpenFace's tables or from a
+    detector of one's own, given to an extraction with `--faces`. Boxes are no part of the spec; who
+    finds them is, so other boxes need another name.
+    """
+
+    by: str = Field(default="openface", min_length=1)
+    """Name of what finds the faces: `openface`, or a detector's own name."""
+    margin: float = Field(default=0.2, ge=0, le=2, allow_inf_nan=False)
+    """Added on each side of the face's box, as a share of its longer edge."""
 
 
 _PRECISE_ENOUGH_FOR = {
@@ -81,6 +107,8 @@ class TokenSpec(Model):
     """Video and image only."""
     pixels: Pixels | None = None
     """Video and image only."""
+    crop: FaceCrop | None = None
+    """Video and image only: encode the face alone; None encodes whole frames."""
     grid: int | None = None
     """Video only: patches are mean-pooled to `grid x grid` before storing; None keeps all of them."""
     cls_only: bool = False
@@ -112,8 +140,8 @@ class TokenSpec(Model):
                 f"stream '{self.stream}': a {kind} encoder does not fit, it takes {takes}"
             )
         if self.stream == "audio":
-            if self.frames or self.pixels or self.grid or self.cls_only:
-                raise ValueError("stream 'audio' has no frames, pixels, grid or CLS token")
+            if self.frames or self.pixels or self.crop or self.grid or self.cls_only:
+                raise ValueError("stream 'audio' has no frames, pixels, crop, grid or CLS token")
             if self.sample_rate_hz != SAMPLE_RATE_HZ:
                 raise ValueError(f"sample_rate_hz must be {SAMPLE_RATE_HZ} for {kind}")
             return self
@@ -177,6 +205,13 @@ class TokenSpec(Model):
         side = 1 if self.cls_only else self.grid or self.patches_per_side
         return (self.n_steps, side * side, encoder.width)
 
+    def audio_tokens(self, duration_s: float) -> int:
+        """Return how many tokens a sound of this length has, as far as a container's word for it goes."""
+        encoder, most = self.encoder, self.max_shape[0]
+        if isinstance(encoder, WhisperEncoder) and encoder.padded:
+            return most
+        return min(most, math.ceil(duration_s * AUDIO_FRAMES_PER_S))
+
     @property
     def is_resolved(self) -> bool:
         """True once the weights digest is known."""
@@ -206,8 +241,14 @@ class TokenSpec(Model):
         for name in ("cls_only", "utterance"):
             if not fields[name]:
                 del fields[name]
+        if fields["crop"] is None:
+            del fields["crop"]
+        if fields["frames"] is not None and fields["frames"]["seed"] == WINDOW_SEED:
+            del fields["frames"]["seed"]
         if fields["encoder"].get("layer") is None:
             fields["encoder"].pop("layer", None)
+        if not fields["encoder"].get("padded"):
+            fields["encoder"].pop("padded", None)
         return canonical_json(fields)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:

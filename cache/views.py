@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from cache.encoders import AUDIO_FRAMES_PER_S
+from cache.encoders import AUDIO_FRAMES_PER_S, WhisperEncoder
 from cache.errors import SpecMismatchError
 from cache.schema import Model
 from cache.spec import TokenSpec
@@ -91,6 +91,14 @@ class AudioView(Model):
     def definition(self, spec: TokenSpec) -> str:
         """Return in one sentence, for reports, what this view takes from clips stored under `spec`."""
         n_stored = spec.max_shape[0]
+        if spec.utterance and self.n_tokens == 1:
+            return "the stored mean over time"
+        padded = isinstance(spec.encoder, WhisperEncoder) and spec.encoder.padded
+        if padded and self.n_tokens < n_stored:
+            return (
+                f"all {n_stored} frames of the zero-padded window, silence behind the clip included, by "
+                f"adaptive mean to {_count(self.n_tokens, 'token')}"
+            )
         if self.n_tokens >= n_stored:
             return (
                 f"every valid frame as stored ({AUDIO_FRAMES_PER_S} per second, at most {n_stored}), "
@@ -172,9 +180,12 @@ class VideoView(Model):
             SpecMismatchError: More frames, or a finer grid, than are stored.
         """
         self.shape(spec)
-        return f"{self._frames_in_words(spec.max_shape[0])}, {self._grid_in_words(spec)}"
+        if spec.utterance:
+            return f"the stored mean over time{'' if spec.cls_only else ' and patches'}"
+        return f"{self._frames_in_words(spec)}, {self._grid_in_words(spec)}"
 
-    def _frames_in_words(self, n_stored: int) -> str:
+    def _frames_in_words(self, spec: TokenSpec) -> str:
+        n_stored = spec.max_shape[0]
         if self.n_frames == n_stored:
             return "the one stored frame" if n_stored == 1 else f"all {n_stored} stored frames"
         used = self.frames_used(n_stored)
@@ -183,9 +194,12 @@ class VideoView(Model):
             (2 * j + 1) * self.n_frames == (2 * i + 1) * n_stored for i, j in enumerate(used)
         )
         centres = "middle" if self.n_frames == 1 else f"{self.n_frames} segment centres"
+        seen = f"{'' if at_centre else 'not '}the {centres} of the clip"
+        if spec.frames is not None and spec.frames.kind == "window":
+            seen = "a window of consecutive frames, not the whole clip"
         return (
             f"{'frame' if self.n_frames == 1 else 'frames'} {', '.join(map(str, used))} of the "
-            f"{n_stored} stored, counted from 0 ({'' if at_centre else 'not '}the {centres} of the clip)"
+            f"{n_stored} stored, counted from 0 ({seen})"
         )
 
     def _grid_in_words(self, spec: TokenSpec) -> str:
@@ -252,6 +266,8 @@ class ImageView(Model):
             SpecMismatchError: The stored patches do not divide into groups of `join`.
         """
         n_tokens, width = self.shape(spec)
+        if not n_tokens:
+            return "the CLS token alone"
         patches = f"the {n_tokens * self.join} stored patches in raster order"
         if self.join == 1:
             return f"{patches}, one token of {width} channels each, CLS apart"

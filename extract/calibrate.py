@@ -15,6 +15,7 @@ from cache.spec import TokenSpec
 from extract.config import WorkerConfig
 from extract.decode_pool import DecodeFailure, DecodeJob, DecodePool, Prepared
 from extract.encoders.bank import EncoderBank, EncoderInput
+from extract.faces import FaceSource, open_faces_for
 from extract.inputs import request_of
 from extract.plan import Plan, Unit
 from extract.sources import MediaSource
@@ -85,16 +86,20 @@ def calibrate(
         ManifestError: None of the clips can be decoded.
     """
     chosen = _spread(plan, n_clips)
+    faces = open_faces_for(plan.specs, config.faces)
     with (
         DecodePool(
             config.n_decoders,
             deadline_s=config.deadline_s,
             memory_bytes=config.memory_bytes,
             command=config.decoder_command,
+            detector=None if faces is None else faces.detector,
         ) as pool,
         ThreadPoolExecutor(config.n_decoders) as threads,
     ):
-        prepared = list(threads.map(lambda pick: _decode(pool, source, pick[0], pick[1]), chosen))
+        prepared = list(
+            threads.map(lambda pick: _decode(pool, source, faces, pick[0], pick[1]), chosen)
+        )
     inputs: dict[str, list[EncoderInput]] = {spec.spec_id: [] for spec in plan.specs}
     cpu_s = []
     for (unit, _), found in zip(chosen, prepared, strict=True):
@@ -130,11 +135,15 @@ def _spread(plan: Plan, n_clips: int) -> list[tuple[Unit, int]]:
     return [places[i * len(places) // n_clips] for i in range(n_clips)]
 
 
-def _decode(pool: DecodePool, source: MediaSource, unit: Unit, place: int) -> Prepared:
+def _decode(
+    pool: DecodePool, source: MediaSource, faces: FaceSource | None, unit: Unit, place: int
+) -> Prepared:
     record = unit.records[place]
     requests = tuple(request_of(spec, record) for spec in unit.specs)
+    order = None if faces is None else faces.of(record)
     with source.fetch(record) as path:
-        return pool.submit(DecodeJob(path, record.sha256, record.media, requests)).result()
+        job = DecodeJob(path, record.sha256, record.media, requests, faces=order)
+        return pool.submit(job).result()
 
 
 def _seconds_per_clip(

@@ -62,7 +62,8 @@ class LoopConfig(Model):
 class WorkerConfig(LoopConfig):
     """Everything that a worker that encodes needs.
 
-    Nothing here changes a stored number but for rounding (`device`, `precision`, `batch_tokens`).
+    Nothing here changes a stored number but for rounding (`device`, `precision`, `batch_tokens`), and for
+    the boxes of faces, which are data as the media are.
     """
 
     work: Literal["tokens"] = "tokens"
@@ -85,6 +86,9 @@ class WorkerConfig(LoopConfig):
     picture_decoder: Literal["auto", "pyav"] = "auto"
     batch_tokens: int | None = Field(default=None, gt=0)
     """Most encoder tokens in one batch; None: a default for the device."""
+    faces: str | None = None
+    """Where faces are, for specs that crop them: a folder of OpenFace's tables, or `module:attribute` of a
+    detector (`extract.faces`)."""
     decoder_command: tuple[str, ...] | None = None
     """Program of the decoder processes; None: the one of this Python."""
 

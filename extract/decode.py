@@ -65,6 +65,7 @@ class FrameRequest:
     kind: FrameKind
     n_frames: int = 1
     peak_index: int | None = None
+    draw: int | None = None
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,9 @@ def _choose(requests: Sequence[FrameRequest], pts_s: Sequence[float]) -> list[Fr
     choices = []
     for request in requests:
         try:
-            indices = frame_indices(request.kind, len(pts_s), request.n_frames, request.peak_index)
+            indices = frame_indices(
+                request.kind, len(pts_s), request.n_frames, request.peak_index, request.draw
+            )
         except SchemaError as error:
             choices.append(FrameChoice(failure=str(error)))
         else:

@@ -98,6 +98,7 @@ class DecodePool:
         recycle_after: int = RECYCLE_AFTER,
         attempts: int = 2,
         command: Sequence[str] | None = None,
+        detector: str | None = None,
     ) -> None:
         """Make a pool; no process is started yet.
 
@@ -109,12 +110,14 @@ class DecodePool:
             attempts: How often a clip is tried before it has failed; each decoder that it ended is
                 replaced by a fresh one.
             command: The program to start in place of `extract.decode_worker`.
+            detector: `module:attribute` of the `BoxDetector` that each decoder loads.
         """
         self._deadline_s = deadline_s
         self._memory_bytes = memory_bytes
         self._recycle_after = recycle_after
         self._attempts = attempts
         self._command = tuple(command or _COMMAND)
+        self._detector = () if detector is None else (detector,)
         self._threads = ThreadPoolExecutor(n_children, thread_name_prefix="decode")
         self._lock = threading.Lock()
         self._closing = False
@@ -225,7 +228,7 @@ class DecodePool:
     def _start(self) -> _Child:
         with self._lock:  # `close` kills the children there are; none may come after it
             self._give_up_if_closing()
-            child = _Child(self._command, self._memory_bytes)
+            child = _Child(self._command, self._memory_bytes, self._detector)
             self._children[threading.get_ident()] = child
         try:
             child.await_ready()
@@ -242,10 +245,10 @@ class DecodePool:
 class _Child:
     """One decoder process, the pipes to it, and the watch over it. One thread uses it."""
 
-    def __init__(self, command: Sequence[str], memory_bytes: int) -> None:
+    def __init__(self, command: Sequence[str], memory_bytes: int, detector: Sequence[str]) -> None:
         """Start the process; OSError if the machine refuses."""
         self._process = subprocess.Popen(
-            [*command, str(os.getpid()), str(memory_bytes)],
+            [*command, str(os.getpid()), str(memory_bytes), *detector],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -1,9 +1,9 @@
 """A process that decodes clips for another one, so that a fatal file kills this one alone.
 
-`python -m extract.decode_worker PARENT_PID MEMORY_BYTES` reads a `DecodeJob` per line on stdin and
-answers each on stdout: a JSON document with facts of the container, then `extract.inputs`. Before the
-first it sends an empty document, to say that it is ready. It ends with stdin, or with its parent.
-`extract.decode_pool` is the other side.
+`python -m extract.decode_worker PARENT_PID MEMORY_BYTES [DETECTOR]` reads a `DecodeJob` per line on stdin
+and answers each on stdout: a JSON document with facts of the container, then `extract.inputs`. Before the
+first it sends an empty document, to say that it is ready: a detector of faces is loaded then. It ends with
+stdin, or with its parent. `extract.decode_pool` is the other side.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from cache.errors import MediaError
+from extract.faces import BoxDetector, FaceOrder, finder_of, load_box_detector
 from extract.inputs import InputRequest, prepare_inputs
 from extract.media import open_media, picture_format
 from extract.wire import write_document, write_inputs
@@ -51,6 +52,8 @@ class DecodeJob:
     requests: tuple[InputRequest, ...]
     picture_decoder: Literal["auto", "pyav"] = "auto"
     """See `extract.decode.decode`."""
+    faces: FaceOrder | None = None
+    """Where the face is, for requests with a crop."""
 
 
 def job_line(job: DecodeJob, *, state_facts: bool, dump_after_s: float) -> bytes:
@@ -68,6 +71,7 @@ def job_line(job: DecodeJob, *, state_facts: bool, dump_after_s: float) -> bytes
         "media": job.media,
         "requests": [request.model_dump() for request in job.requests],
         "picture_decoder": job.picture_decoder,
+        "faces": None if job.faces is None else job.faces.model_dump(),
         "state_facts": state_facts,
         "dump_after_s": dump_after_s,
     }
@@ -115,11 +119,13 @@ def main() -> None:
     parent_pid, memory_bytes = (int(argument) for argument in sys.argv[1:3])
     orders, answers = _take_pipes()
     _end_with(parent_pid)
+    # Ahead of the bound on memory: that is for clips, whatever libraries a detector needs.
+    detector = load_box_detector(sys.argv[3]) if len(sys.argv) > 3 else None
     _bound(memory_bytes)
     write_document(answers, b"{}")
     answers.flush()
     for line in orders:
-        _answer(json.loads(line), answers)
+        _answer(json.loads(line), detector, answers)
 
 
 def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
@@ -160,15 +166,21 @@ def _lower(limit: int, value: int) -> None:
         resource.setrlimit(limit, (value, value))
 
 
-def _answer(order: dict[str, Any], answers: BinaryIO) -> None:
+def _answer(order: dict[str, Any], detector: BoxDetector | None, answers: BinaryIO) -> None:
     path = Path(order["path"])
+    told = order["faces"]
     requests = [InputRequest.model_validate(request) for request in order["requests"]]
     faulthandler.dump_traceback_later(order["dump_after_s"])
     facts = stated_facts(path) if order["state_facts"] else {}
     write_document(answers, json.dumps(facts).encode())
     answers.flush()
     inputs = prepare_inputs(
-        path, order["sha256"], order["media"], requests, picture_decoder=order["picture_decoder"]
+        path,
+        order["sha256"],
+        order["media"],
+        requests,
+        picture_decoder=order["picture_decoder"],
+        faces=None if told is None else finder_of(FaceOrder.model_validate(told), detector),
     )
     write_inputs(answers, inputs)
     answers.flush()

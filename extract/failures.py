@@ -19,6 +19,7 @@ FailureKind = Literal[
     "crash",
     "hang",
     "memory",
+    "faces",
     "numeric",
     "unexpected",
 ]
@@ -31,6 +32,7 @@ FailureKind = Literal[
 - `crash`: the decoder process died.
 - `hang`: decoding took longer than its deadline.
 - `memory`: decoding took more memory than it may.
+- `faces`: nobody can say where the face is, of tokens of faces: a missing or damaged table, say.
 - `numeric`: the encoder gave NaN or infinity.
 - `unexpected`: an exception that nobody foresaw.
 """
@@ -52,7 +54,9 @@ ANSWER_KINDS: tuple[AnswerKind, ...] = get_args(AnswerKind)
 AnyKind = FailureKind | AnswerKind
 """Why a stream has no tokens, or why a step of an annotation has no text."""
 
-TRANSIENT: frozenset[FailureKind] = frozenset({"missing", "unreadable", "hang", "memory", "crash"})
+TRANSIENT: frozenset[FailureKind] = frozenset(
+    {"missing", "unreadable", "hang", "memory", "crash", "faces"}
+)
 """Kinds that may pass: another machine, another day, and the clip is encoded."""
 
 
@@ -140,6 +144,10 @@ _DIAGNOSES: dict[AnyKind, _Diagnosis] = {
     "memory": _Diagnosis(
         "need more memory to decode than there is",
         "Use fewer decoders, ask the cluster for more memory, or allow a decoder more.",
+    ),
+    "faces": _Diagnosis(
+        "have no face that anybody can point to",
+        "Does --faces name the folder of OpenFace's tables, one CSV file per clip, written with -2Dfp?",
     ),
     "numeric": _Diagnosis(
         "became NaN or infinity in the encoder",

@@ -22,11 +22,12 @@ from cache.clip import Record, file_sha256
 from cache.encoders import SoundEncoder
 from cache.errors import MediaError
 from cache.schema import Model
-from cache.spec import Stream, TokenSpec
+from cache.spec import FaceCrop, Stream, TokenSpec
 from extract.decode import Decoded, DecodeLimits, FrameChoice, FrameRequest, decode
+from extract.faces import FaceFinder, FacesFailed, FacesOfClip, FromNobody
 from extract.failures import Failure
 from extract.preprocess import Interpolation, resize
-from extract.sampling import FrameKind
+from extract.sampling import FrameKind, window_draw
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +40,14 @@ class InputRequest(Model):
 
     stream: Stream
     frames: FrameKind | None = None
-    """Video and image only, as are the four below."""
+    """Video and image only, as are the six below."""
     n_frames: int = Field(default=1, gt=0)
     peak_index: int | None = None
     """The record's own frame, for the rule `peak` alone."""
+    draw: int | None = Field(default=None, ge=0)
+    """From `window_draw`, for the rule `window` alone."""
+    crop: FaceCrop | None = None
+    """Cut a square around the face out of each frame first."""
     size_px: int | None = Field(default=None, gt=0)
     """Height and width to resize to."""
     interpolation: Interpolation | None = None
@@ -52,8 +57,8 @@ class InputRequest(Model):
     @model_validator(mode="after")
     def _fits_its_stream(self) -> InputRequest:
         needed = (self.frames, self.size_px, self.interpolation)
-        if self.stream == "audio" and any(value is not None for value in needed):
-            raise ValueError("stream 'audio' has no frames, size_px or interpolation")
+        if self.stream == "audio" and any(value is not None for value in (*needed, self.crop)):
+            raise ValueError("stream 'audio' has no frames, size_px, interpolation or crop")
         if self.stream != "audio" and self.window_s is not None:
             raise ValueError(f"stream '{self.stream}' has no window_s")
         if self.stream != "audio" and None in needed:
@@ -71,6 +76,8 @@ def request_of(spec: TokenSpec, record: Record) -> InputRequest:
         frames=spec.frames.kind,
         n_frames=spec.frames.n_frames,
         peak_index=record.peak_index if spec.uses_record() else None,
+        draw=window_draw(spec.frames.seed, record.sha256) if spec.frames.kind == "window" else None,
+        crop=spec.crop,
         size_px=spec.pixels.size_px,
         interpolation=spec.pixels.interpolation,
     )
@@ -84,7 +91,8 @@ class StreamInput:
     failure: Failure | None = None
     """Why it failed; None otherwise."""
     remark: str | None = None
-    """Damage that decoding passed over although the stream is ok."""
+    """Of an ok stream damage that decoding passed over; of an absent one why it is, if there is more to
+    say than that the clip has no such stream."""
     array: int | None = None
     """Number in `ClipInputs.arrays`; None unless the status is ok."""
     index: tuple[int, ...] = ()
@@ -126,8 +134,9 @@ def prepare_inputs(
     requests: Sequence[InputRequest],
     limits: DecodeLimits | None = None,
     picture_decoder: Literal["auto", "pyav"] = "auto",
+    faces: FaceFinder | None = None,
 ) -> ClipInputs:
-    """Check a file's digest, decode it once, and resize the frames that are asked for.
+    """Check a file's digest, decode it once, and crop and resize the frames that are asked for.
 
     Nothing that a file holds makes it raise: what cannot be decoded is `failed`, with the reason.
 
@@ -138,6 +147,7 @@ def prepare_inputs(
         requests: What is needed, one per spec.
         limits: Bounds on size and length; None: the defaults, and no more sound than is needed.
         picture_decoder: See `extract.decode.decode`.
+        faces: Says where the face is, for requests with a crop.
     """
     started_s = time.process_time()
     path = Path(path)
@@ -147,14 +157,19 @@ def prepare_inputs(
                 path,
                 want_audio=any(request.stream == "audio" for request in requests),
                 frame_choices=[
-                    FrameRequest(request.frames, request.n_frames, request.peak_index)
+                    FrameRequest(request.frames, request.n_frames, request.peak_index, request.draw)
                     for request in requests
                     if request.frames is not None
                 ],
                 limits=limits or _limits_of(requests),
                 picture_decoder=picture_decoder,
             )
-            inputs = _inputs_of(decoded, requests, lambda text: _named(text, path, media))
+            inputs = _inputs_of(
+                decoded,
+                requests,
+                FacesOfClip(faces or FromNobody()),
+                lambda text: _named(text, path, media),
+            )
         else:
             message = (
                 f"{media} is not the file that was indexed (its digest differs). "
@@ -218,14 +233,17 @@ class _Arrays:
 
 
 def _inputs_of(
-    decoded: Decoded, requests: Sequence[InputRequest], named: Callable[[str], str]
+    decoded: Decoded,
+    requests: Sequence[InputRequest],
+    faces: FacesOfClip,
+    named: Callable[[str], str],
 ) -> ClipInputs:
     arrays = _Arrays()
     choices = iter(decoded.choices)  # one per request that has frames; none unless pictures are ok
     streams = []
     for request in requests:
         choice = next(choices, None) if request.frames is not None else None
-        streams.append(_stream_input(request, decoded, choice, arrays, named))
+        streams.append(_stream_input(request, decoded, choice, arrays, faces, named))
     return ClipInputs(
         streams,
         arrays.made,
@@ -240,6 +258,7 @@ def _stream_input(
     decoded: Decoded,
     choice: FrameChoice | None,
     arrays: _Arrays,
+    faces: FacesOfClip,
     named: Callable[[str], str],
 ) -> StreamInput:
     is_audio = request.stream == "audio"
@@ -260,7 +279,7 @@ def _stream_input(
     assert choice is not None
     if choice.failure is not None:
         return StreamInput("failed", Failure("undecodable", choice.failure))
-    return _picture_input(request, decoded, choice, arrays, said)
+    return _picture_input(request, decoded, choice, arrays, faces, said)
 
 
 def _picture_input(
@@ -268,15 +287,29 @@ def _picture_input(
     decoded: Decoded,
     choice: FrameChoice,
     arrays: _Arrays,
+    faces: FacesOfClip,
     remark: str | None,
 ) -> StreamInput:
-    size_px, interpolation = request.size_px, request.interpolation
+    size_px, interpolation, crop = request.size_px, request.interpolation, request.crop
     assert size_px is not None
     assert interpolation is not None
     distinct = tuple(sorted(set(choice.indices)))
+    pictures = [decoded.frames[i] for i in distinct]
+    if crop is not None:
+        try:
+            track = faces.track(decoded.frames, distinct, decoded.n_frames)
+            if not track.indices:
+                looked = "frame" if track.n_frames == 1 else f"{track.n_frames} frames"
+                return StreamInput(
+                    "absent", remark=f"no face in the {looked} that {crop.by} looked at"
+                )
+            squares = track.squares(decoded.frames, distinct, crop.margin)
+        except FacesFailed as error:
+            return StreamInput("failed", Failure("faces", str(error)))
+        pictures = [square.cut(frame) for square, frame in zip(squares, pictures, strict=True)]
     array = arrays.number_of(
-        (size_px, interpolation, distinct),
-        lambda: resize([decoded.frames[i] for i in distinct], size_px, interpolation),
+        (size_px, interpolation, distinct, crop),
+        lambda: resize(pictures, size_px, interpolation),
     )
     pick = tuple(distinct.index(i) for i in choice.indices)
     return StreamInput("ok", None, remark, array, choice.indices, choice.pts_s, pick)

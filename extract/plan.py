@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -12,7 +12,6 @@ import numpy as np
 
 from cache.clip import Record
 from cache.commit import Entry, Status
-from cache.encoders import AUDIO_FRAMES_PER_S
 from cache.layout import CLIPS_PER_SHARD, STORED_DTYPES, arrays
 from cache.recipes import label_of
 from cache.spec import TokenSpec
@@ -145,6 +144,7 @@ class _Look:
         ]
         self._richer = {s.spec_id for s in self._sources if not spec.accepts(s)}
         self._seen: set[str] = set()
+        self._bytes_of = bytes_counter(spec)
 
     def misses(self, record: Record, plan: Plan) -> bool:
         """True if this record's clip must be encoded; counts it in the plan's tables."""
@@ -160,7 +160,7 @@ class _Look:
                 plan.served[self._label][source.spec_id] += 1
             return False
         plan.misses[self._label][RETRY if found is not None else self._why(record)] += 1
-        plan.n_bytes[self._label] += token_bytes(self._spec, record)
+        plan.n_bytes[self._label] += self._bytes_of(record)
         return True
 
     def _why(self, record: Record) -> str:
@@ -206,12 +206,25 @@ def unique_labels(specs: Sequence[TokenSpec]) -> tuple[str, ...]:
 
 def token_bytes(spec: TokenSpec, record: Record) -> int:
     """Return how many bytes a record's tokens take, as far as its container tells."""
-    if spec.stream == "audio" and record.seen_clip.has_audio is False:
-        return 0
-    n_tokens, *tail = spec.max_shape
-    if spec.stream == "audio" and record.seen_clip.duration_s is not None:
-        n_tokens = min(n_tokens, math.ceil(record.seen_clip.duration_s * AUDIO_FRAMES_PER_S))
-    return n_tokens * math.prod(tail) * np.dtype(STORED_DTYPES[spec.dtype]).itemsize
+    return bytes_counter(spec)(record)
+
+
+def bytes_counter(spec: TokenSpec) -> Callable[[Record], int]:
+    """Return `token_bytes` of one spec, for many records."""
+    most, *tail = spec.max_shape
+    per_token = math.prod(tail) * np.dtype(STORED_DTYPES[spec.dtype]).itemsize
+
+    def count(record: Record) -> int:
+        n_tokens = most
+        if spec.stream == "audio":
+            clip = record.seen_clip
+            if clip.has_audio is False:
+                return 0
+            if clip.duration_s is not None:
+                n_tokens = spec.audio_tokens(clip.duration_s)
+        return n_tokens * per_token
+
+    return count
 
 
 def _packs(rows: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:

@@ -19,6 +19,7 @@ from cache.quantize import dequantize, quantize
 from cache.spec import Stream, TokenSpec
 from cache.store import TokenStore
 from extract.encoders.bank import EncoderBank
+from extract.faces import FaceSource
 from extract.workers.results import encode_clip
 
 TOLERANCE = 1e-2
@@ -51,6 +52,7 @@ def recheck(
     media_root: Path,
     n_clips: int,
     seed: int = 0,
+    faces: FaceSource | None = None,
 ) -> list[Recheck]:
     """Decode and encode clips again, as extraction does, and compare them with their stored tokens.
 
@@ -61,6 +63,7 @@ def recheck(
         media_root: Folder that the records' media paths are relative to.
         n_clips: How many clips, or all if there are fewer.
         seed: The same seed chooses the same clips.
+        faces: Where faces are, for specs that crop them.
 
     Returns:
         One for every stream that is ok, clip after clip.
@@ -83,7 +86,9 @@ def recheck(
         )
     chosen = random.Random(seed).sample(candidates, min(n_clips, len(candidates)))
     return [
-        result for record, ok in chosen for result in _recheck(store, record, ok, bank, media_root)
+        result
+        for record, ok in chosen
+        for result in _recheck(store, record, ok, bank, media_root, faces)
     ]
 
 
@@ -98,8 +103,9 @@ def _recheck(
     specs: Sequence[TokenSpec],
     bank: EncoderBank,
     media_root: Path,
+    faces: FaceSource | None,
 ) -> list[Recheck]:
-    clips = encode_clip(record, media_path(media_root, record), specs, bank)
+    clips = encode_clip(record, media_path(media_root, record), specs, bank, faces)
     return [_compare(store, spec, record, clip) for spec, clip in zip(specs, clips, strict=True)]
 
 

@@ -11,6 +11,7 @@ from cache.clip import Record
 from cache.store import TokenStore
 from extract.config import WorkerConfig, n_cores
 from extract.encoders.bank import EncoderBank
+from extract.faces import check_tables, face_source
 from extract.jobs.job import Job
 from extract.plan import Plan, open_job
 from extract.summary import JobSummary, summarise
@@ -85,6 +86,7 @@ def extract(
 
     Raises:
         ManifestError: A media path leaves the media root.
+        SchemaError: Specs crop faces, and `faces` does not say where these are.
         SpecMismatchError: An encoder answers the golden probe differently from before.
         StoreError: The store cannot be written.
         ExtractionStopped: Most clips of late failed.
@@ -92,6 +94,11 @@ def extract(
     """
     if not plan.units:
         return None
+    faces = face_source((spec for unit in plan.units for spec in unit.specs), options.get("faces"))
+    options["faces"] = None if faces is None else faces.given
+    if faces is not None:
+        crops = [unit for unit in plan.units if any(spec.crop is not None for spec in unit.specs)]
+        check_tables(faces, [record for unit in crops for record in unit.records])
     job = open_job(store, records, plan)
     options.setdefault("n_decoders", max(1, n_cores() // 2))
     config = worker_config(

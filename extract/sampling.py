@@ -1,23 +1,39 @@
 """Which frames of a clip a stream looks at: index arithmetic only, no media, no I/O.
 
 The paper takes the middle frame for the global view and 16 uniform frames for the temporal view
-(reference, section 1.2). Every rule here is deterministic, so two runs store the same tokens.
+(reference, section 1.2); the released code takes 16 consecutive ones. Every rule here is deterministic,
+so two runs store the same tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
 from typing import Literal, get_args
 
 from cache.errors import SchemaError, near_miss
 
-FrameKind = Literal["middle", "first", "peak", "uniform"]
+FrameKind = Literal["middle", "first", "peak", "uniform", "window"]
 """The ways to choose frames; `peak` needs an index from the record (Algorithm 1 of the paper)."""
 
 _KINDS: tuple[str, ...] = get_args(FrameKind)
 
 
+def window_draw(seed: int, sha256: str) -> int:
+    """Return the number that places a clip's window: 0 to 2^64 - 1, by seed and digest alone.
+
+    The released code draws offsets from one stream for all clips, so that they depend on the order of
+    the files and on which ones failed before. These depend on neither.
+    """
+    digest = hashlib.sha256(f"{seed}:{sha256}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
 def frame_indices(
-    kind: FrameKind, n_frames_available: int, n_frames: int = 1, peak_index: int | None = None
+    kind: FrameKind,
+    n_frames_available: int,
+    n_frames: int = 1,
+    peak_index: int | None = None,
+    draw: int | None = None,
 ) -> list[int]:
     """Return the indices of the chosen frames in presentation order.
 
@@ -25,18 +41,23 @@ def frame_indices(
     the centres of n equal segments, floor((i + 0.5) * N / n). A clip with fewer than n frames
     repeats frames, evenly, instead of being padded.
 
+    `window` are n consecutive frames from draw mod (N - n) on: like the released code's, they never
+    reach the last frame. A clip of at most n frames gives frames from the first to the last at equal
+    distances, floor(i (N - 1) / (n - 1)), and repeats some.
+
     Args:
         kind: the rule.
         n_frames_available: N, the frames that can be decoded from the clip; at least 1.
-        n_frames: n, the frames wanted; only `uniform` takes more than one.
+        n_frames: n, the frames wanted; only `uniform` and `window` take more than one.
         peak_index: 0-based index of the peak frame; used by `peak` alone.
+        draw: from `window_draw`; used by `window` alone.
 
     Returns:
         `n_frames` indices, non-decreasing, each in [0, n_frames_available).
 
     Raises:
         SchemaError: for an unknown rule, a count below 1, several frames from a rule that gives
-            one, or a peak index that is missing or outside the clip.
+            one, a window without a draw, or a peak index that is missing or outside the clip.
     """
     if kind not in _KINDS:
         raise SchemaError(
@@ -53,6 +74,8 @@ def frame_indices(
     if kind == "uniform":
         # floor((i + 1/2) * N / n) in whole numbers: no rounding, whatever N and n are.
         return [(2 * i + 1) * n_frames_available // (2 * n_frames) for i in range(n_frames)]
+    if kind == "window":
+        return _window(n_frames_available, n_frames, draw)
     if n_frames != 1:
         raise SchemaError(
             f"frame rule {kind!r} gives one frame, but n_frames is {n_frames}: "
@@ -74,3 +97,12 @@ def frame_indices(
             "or use 'middle'."
         )
     return [peak_index]
+
+
+def _window(n_available: int, n: int, draw: int | None) -> list[int]:
+    if draw is None:
+        raise SchemaError("frame rule 'window' needs a draw: take it from `window_draw`.")
+    if n_available > n:
+        start = draw % (n_available - n)
+        return list(range(start, start + n))
+    return [i * (n_available - 1) // max(1, n - 1) for i in range(n)]

@@ -23,7 +23,16 @@ from numpy.typing import NDArray
 
 from cache.errors import SchemaError
 from cache.files import create_once, write_aside, write_text_aside
-from extract.corpora.demo_faces import FRAME_PX, LOOKS, draw_face, moving_faces, sample_face
+from extract.corpora.demo_faces import (
+    FRAME_PX,
+    LOOKS,
+    Face,
+    action_units,
+    draw_face,
+    moving_faces,
+    openface_landmarks,
+    sample_face,
+)
 from extract.corpora.demo_sounds import SAMPLE_RATE_HZ, SOUNDS, sample_voice, synthesise
 
 logger = logging.getLogger(__name__)
@@ -175,9 +184,14 @@ def make_frames(row: DemoRow, seed: int) -> Iterator[NDArray[np.uint8]]:
         `row.n_frames` frames, `(160, 160, 3)` uint8 RGB.
     """
     rng = np.random.default_rng([seed, row.index, 1])
+    for face in drawn_faces(row, rng):
+        yield draw_face(face, rng)
+
+
+def drawn_faces(row: DemoRow, rng: np.random.Generator) -> list[Face]:
+    """Return the face of each frame of a clip; `rng` is that of its pictures, at its start."""
     face = sample_face(rng, LOOKS[EMOTIONS[row.label].look])
-    for moved in moving_faces(face, row.n_frames, FPS, rng):
-        yield draw_face(moved, rng)
+    return moving_faces(face, row.n_frames, FPS, rng)
 
 
 def make_samples(row: DemoRow, seed: int) -> NDArray[np.float32]:
@@ -231,6 +245,59 @@ def write_demo_corpus(
         write_text_aside(csv_path, _labels_csv(rows))
     logger.debug("Demo corpus of %d clips (seed %d) in %s", n_clips, seed, out_dir)
     return csv_path
+
+
+def write_demo_faces(out_dir: Path) -> Path:
+    """Write tables of the drawn faces as OpenFace would: `faces/clip_0000.csv` and so on.
+
+    Each has a row per frame with the landmarks in pixels and action units, by what was drawn and not by
+    looking at it. Tables that are there are kept.
+
+    Args:
+        out_dir: Folder of a demo corpus from `write_demo_corpus`, of any number of clips.
+
+    Returns:
+        The folder of the tables, for `--faces` and for annotation's `detector.folder`.
+
+    Raises:
+        SchemaError: The folder holds no demo corpus, or one of another version of the generator.
+    """
+    try:
+        held = json.loads((out_dir / "demo.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SchemaError(
+            f"{out_dir} holds no demo corpus (there is no demo.json). Write it first."
+        ) from None
+    if held["generator"] != _GENERATOR:
+        raise SchemaError(
+            f"{out_dir} holds a demo corpus of generator {held['generator']}, this one is {_GENERATOR} and "
+            "draws other faces. Write the corpus anew in another folder."
+        )
+    folder = out_dir / "faces"
+    folder.mkdir(exist_ok=True)
+    for row in plan_demo(held["n_clips"], held["seed"]):
+        table = (folder / row.file).with_suffix(".csv")
+        if not table.exists():
+            write_text_aside(table, _faces_csv(row, held["seed"]))
+    return folder
+
+
+def _faces_csv(row: DemoRow, seed: int) -> str:
+    """Return a clip's table of faces: OpenFace's columns, frames counted from 1."""
+    faces = drawn_faces(row, np.random.default_rng([seed, row.index, 1]))
+    units = list(action_units(faces[0]))
+    names = ["frame", "face_id", "timestamp", "confidence", "success"]
+    names += [f"{axis}_{n}" for axis in "xy" for n in range(68)]
+    names += [f"{unit}_r" for unit in units] + [f"{unit}_c" for unit in units]
+    lines = [", ".join(names)]
+    for number, face in enumerate(faces):
+        cells = [str(number + 1), "0", f"{number / FPS:.3f}", "0.98", "1"]
+        cells += [f"{value:.1f}" for value in (FRAME_PX * openface_landmarks(face)).T.ravel()]
+        strengths = action_units(face).values()
+        cells += [f"{value:.2f}" for value in strengths]
+        cells += [f"{value >= 1:.2f}" for value in strengths]
+        lines.append(", ".join(cells))
+    return "\n".join(lines) + "\n"
 
 
 def _claim(out_dir: Path, settings: dict[str, int]) -> None:

@@ -201,6 +201,43 @@ def face_landmarks(face: Face) -> NDArray[np.float32]:
     return (np.stack(points) @ turn + origin).astype(np.float32)
 
 
+def openface_landmarks(face: Face) -> NDArray[np.float64]:
+    """Return the 68 landmarks of OpenFace's layout: `(68, 2)`, x and y in frame widths and heights.
+
+    In order the jaw from left to right (17), both brows (10), the bridge and base of the nose (9), both
+    eyes (12), the outer line of the lips (12) and the inner one (8).
+    """
+    bend = np.linspace(0, math.pi, 17)
+    parts = [np.stack([-face.head_width * np.cos(bend), np.sin(bend)], axis=1)]
+    parts += [_brow(face, -1)[::-1], _brow(face, 1)]
+    parts.append(np.stack([np.zeros(4), np.linspace(-0.1, 0.2, 4)], axis=1))
+    parts.append(np.stack([np.linspace(-0.1, 0.1, 5), np.full(5, 0.26)], axis=1))
+    turn = np.radians([180, 240, 300, 0, 60, 120])
+    eye = np.stack([0.18 * np.cos(turn), _eye_half(face) * np.sin(turn)], axis=1)
+    parts += [eye + np.array([side * _EYE[0], _EYE[1]]) for side in (-1, 1)]
+    upper, lower = _lips(face)
+    parts += [upper[::2], lower[10:1:-2]]
+    parts += [upper[[1, 4, 6, 8, 11]], lower[[8, 6, 4]]]
+    matrix, origin = _frame(face)
+    return np.concatenate(parts) @ matrix + origin
+
+
+def action_units(face: Face) -> dict[str, float]:
+    """Return what the face does as OpenFace would say it: action unit -> intensity, 0 to 5."""
+    raised = max(0.0, face.brow_height)
+    drawn = {
+        "AU01": raised,
+        "AU02": raised * (1 - max(0.0, face.brow_slant)),
+        "AU04": max(0.0, face.brow_slant),
+        "AU05": max(0.0, face.eye_open - 0.7) / 0.3,
+        "AU12": max(0.0, face.mouth_curve),
+        "AU15": max(0.0, -face.mouth_curve),
+        "AU25": face.mouth_open,
+        "AU26": max(0.0, face.mouth_open - 0.2) / 0.8,
+    }
+    return {unit: 5 * min(1.0, strength) for unit, strength in drawn.items()}
+
+
 def _frame(face: Face) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the matrix and the origin that take face coordinates to shares of the frame."""
     cos, sin = math.cos(face.tilt), math.sin(face.tilt)

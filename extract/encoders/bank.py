@@ -96,7 +96,7 @@ class EncoderBank:
         self._paths: dict[str, Path] = {}
         """spec_id -> checkpoint."""
         given = list(names) if names is not None else [None] * len(specs)
-        keys = [_keys(spec, name) for spec, name in zip(specs, given, strict=True)]
+        keys = [checkpoint_names(spec, name) for spec, name in zip(specs, given, strict=True)]
         known = sorted({key for some in keys for key in some})
         for name in weights:
             if name not in known:
@@ -277,9 +277,9 @@ class EncoderBank:
         }
 
 
-def _keys(spec: TokenSpec, name: str | None) -> list[str]:
+def checkpoint_names(spec: TokenSpec, name: str | None) -> list[str]:
     """Return the names under which a spec's checkpoint may be given, the most specific first."""
-    sizes = spec.encoder.model_dump(exclude={"weights_sha256", "layer", "norm"})
+    sizes = spec.encoder.model_dump(exclude={"weights_sha256", "layer", "norm", "padded"})
     same_sizes = [
         known
         for known, fields in NAMED_ENCODERS.items()

@@ -36,7 +36,8 @@ class AudioEncoder(Protocol):
         """Encode mono 16 kHz waveforms, each (N,) float32 in -1..1, N >= 1.
 
         Returns:
-            Per waveform (T, D) float32, only frames that hear the clip and not its padding.
+            Per waveform (T, D) float32, only frames that hear the clip and not its padding, unless the
+            spec stores the padded window.
 
         Raises:
             MediaError: A waveform is empty, or too short for a single frame.

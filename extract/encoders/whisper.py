@@ -122,6 +122,8 @@ class FrozenWhisper:
             output: Any = self._module(mel.to(self._device, non_blocking=True))
         hidden = output if isinstance(output, torch.Tensor) else output.last_hidden_state
         tokens = hidden.float().cpu().numpy()  # (B, n_context, D)
+        if self.spec.padded:
+            return [np.ascontiguousarray(t) for t in tokens]
         return [
             np.ascontiguousarray(t[: valid_audio_frames(len(w), self.spec.n_context)])
             for t, w in zip(tokens, waveforms, strict=True)

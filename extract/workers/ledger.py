@@ -31,6 +31,7 @@ class Ledger:
         session: WorkerSession,
         bank: EncoderBank,
         labels: Mapping[str, str],
+        faces: str | None = None,
     ) -> None:
         """Start with empty hands.
 
@@ -41,9 +42,11 @@ class Ledger:
             session: Who works.
             bank: What makes the tokens.
             labels: spec_id -> label.
+            faces: Where boxes of faces come from, for the provenance of tokens of faces.
         """
         self._job, self._store, self._committer = job, store, committer
         self._session, self._bank, self._labels = session, bank, labels
+        self._faces = faces
         self.units: list[UnitWork] = []
         """Claimed, and not yet wholly encoded."""
         self.n_units = 0
@@ -114,6 +117,8 @@ class Ledger:
         failed_before = {unit_id for clip in chunk.clips for unit_id in index.failed_in(clip.key)}
         label = self._labels[chunk.spec.spec_id]
         provenance = self._bank.provenance(chunk.spec)
+        if chunk.spec.crop is not None and self._faces is not None:
+            provenance["faces"] = self._faces
         self._committer.commit(unit, chunk, label, provenance, failed_before)
 
     def _sign_off_if_encoded(self, unit: UnitWork) -> None:

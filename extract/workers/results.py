@@ -14,6 +14,7 @@ from cache.encoders import SoundEncoder
 from cache.spec import TokenSpec
 from cache.writer import is_storable
 from extract.encoders.bank import EncoderBank, EncoderInput
+from extract.faces import FaceSource, finder_of
 from extract.failures import Failure
 from extract.inputs import ClipInputs, StreamInput, prepare_inputs, request_of
 
@@ -28,7 +29,7 @@ def unencoded(spec: TokenSpec, record: Record, stream: StreamInput) -> ClipToken
     if stream.failure is not None:
         return failed(spec, record, stream.failure)
     if stream.status == "absent":
-        return ClipTokens(record.token_key(spec), Status.ABSENT)
+        return ClipTokens(record.token_key(spec), Status.ABSENT, reason=stream.remark)
     return None
 
 
@@ -72,14 +73,26 @@ def is_cut(spec: TokenSpec, inputs: ClipInputs) -> bool:
 
 
 def encode_clip(
-    record: Record, path: Path, specs: Sequence[TokenSpec], bank: EncoderBank
+    record: Record,
+    path: Path,
+    specs: Sequence[TokenSpec],
+    bank: EncoderBank,
+    faces: FaceSource | None = None,
 ) -> list[ClipTokens]:
     """Decode one clip here and now, and encode it under each spec.
 
     For looking at single clips. Extraction decodes in processes of their own, and in batches.
+
+    Args:
+        record: Whose clip it is.
+        path: Its media file.
+        specs: Some of the bank's.
+        bank: The encoders.
+        faces: Where faces are, for specs that crop them.
     """
     requests = [request_of(spec, record) for spec in specs]
-    inputs = prepare_inputs(path, record.sha256, record.media, requests)
+    finder = None if faces is None else finder_of(faces.of(record))
+    inputs = prepare_inputs(path, record.sha256, record.media, requests, faces=finder)
     return encode_inputs(record, inputs, specs, bank)
 
 

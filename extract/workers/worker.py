@@ -25,6 +25,7 @@ from cache.store import TokenStore
 from extract.config import WorkerConfig
 from extract.decode_pool import DecodeFailure, DecodeJob, DecodePool, Prepared
 from extract.encoders.bank import EncoderBank
+from extract.faces import open_faces_for
 from extract.failures import Failure, FailureRate, kind_of
 from extract.inputs import InputRequest, all_failed, request_of
 from extract.jobs import blame
@@ -124,6 +125,7 @@ class _Worker:
             self._session = session
             self._records = planned_records(config, self._job, self._given_records)
             self._source: MediaSource = open_source(config.media_root)
+            self._faces = open_faces_for(config.specs, config.faces)
             bank = self._load_encoders()
             with ExitStack() as stack:
                 self._pool = stack.enter_context(self._decoders())
@@ -169,13 +171,17 @@ class _Worker:
             recycle_after=config.recycle_after,
             attempts=config.attempts,
             command=config.decoder_command,
+            detector=None if self._faces is None else self._faces.detector,
         )
 
     def _set_up_stages(self, bank: EncoderBank) -> None:
         planned = self._job.plan.specs
         by_spec = zip(planned, unique_labels(planned), strict=True)
         labels = {spec.spec_id: label for spec, label in by_spec}
-        self._ledger = Ledger(self._job, self._store, self._committer, self._session, bank, labels)
+        self._ledger = Ledger(
+            self._job, self._store, self._committer, self._session, bank, labels,
+            faces=None if self._faces is None else self._faces.title,
+        )  # fmt: skip
         rate = FailureRate(self._config.max_failure_share)
         self._stage = EncodingStage(
             bank, labels, self._session, rate, self._clock, self._ledger.settle
@@ -331,7 +337,9 @@ class _Worker:
 
     def _submit(self, record: Record, path: Path, requests: Requests) -> Future[Prepared]:
         decoder = self._config.picture_decoder
-        job = DecodeJob(path, record.sha256, record.media, requests, decoder)
+        crops = any(request.crop is not None for request in requests)
+        faces = self._faces.of(record) if crops and self._faces is not None else None
+        job = DecodeJob(path, record.sha256, record.media, requests, decoder, faces)
         return self._pool.submit(job)
 
     def _fetch_and_decode(self, record: Record, requests: Requests) -> Prepared:

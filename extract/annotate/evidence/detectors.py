@@ -13,7 +13,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from cache.clip import Record
@@ -27,6 +27,7 @@ from extract.annotate.evidence.openface import (
     run_openface,
 )
 from extract.failures import Failure
+from extract.openface_tables import find_table, shared_table, table_names
 
 logger = logging.getLogger(__name__)
 
@@ -206,12 +207,10 @@ class OpenFaceCsv:
         """
         if not has_pictures(record):
             return Detection("absent")
-        names = _table_names(record)
-        found = next((table for name in names if (table := self._table(name)) is not None), None)
+        found = find_table(self.folder, record)
         if found is None:
-            message = (
-                f"{record.uid}: there is no table in {self.folder}; looked for {', '.join(names)}"
-            )
+            names = ", ".join(table_names(record))
+            message = f"{record.uid}: there is no table in {self.folder}; looked for {names}"
             return Detection("failed", failure=Failure("missing", message))
         self._claim(found, record)
         try:
@@ -219,29 +218,12 @@ class OpenFaceCsv:
         except SchemaError as error:
             return Detection("failed", failure=Failure("undecodable", str(error)))
 
-    def _table(self, name: str) -> Path | None:
-        """Return the table of this name, if it is there and below the folder."""
-        table = self.folder / name
-        inside = table.resolve().is_relative_to(self.folder.resolve())
-        return table if inside and table.is_file() else None
-
     def _claim(self, table: Path, record: Record) -> None:
         """Remember whose table it is: two clips of the same file name must not share one."""
         with self._lock:
             other = self._media_of.setdefault(table, record.media)
         if other != record.media:
-            raise SchemaError(
-                f"{record.uid}: {table} is the table of {other!r} and of {record.media!r}. Name the "
-                f"tables by source id ({_table_names(record)[0]}) or in folders like the media."
-            )
-
-
-def _table_names(record: Record) -> list[str]:
-    source_id = record.uid.partition("/")[2] or record.uid
-    media = PurePosixPath(record.media)
-    # Not with_suffix: a source id may hold a full stop.
-    names = [f"{source_id}.csv", f"{media.with_suffix('')}.csv", f"{media.stem}.csv"]
-    return list(dict.fromkeys(names))
+            raise shared_table(table, record, other)
 
 
 def load_detector(name: str, options: Sequence[str] = ()) -> FaceDetector:

@@ -2,15 +2,12 @@
 
     FeatureExtraction -f VIDEO -out_dir FOLDER -of NAME -aus      ->      FOLDER/NAME.csv
 
-One row per frame, or with FaceLandmarkVidMulti one per frame and face: `frame` (from 1), `face_id`,
-`timestamp`, `confidence`, `success`, then `AU01_r` ... (intensity, 0 to 5) and `AU01_c` ... (presence).
-Tables with more columns, as OpenFace writes without `-aus`, read the same.
+Behind what every table has (`extract.openface_tables`) stand `AU01_r` ... (intensity, 0 to 5) and
+`AU01_c` ... (presence). Tables with more columns, as OpenFace writes without `-aus`, read the same.
 """
 
 from __future__ import annotations
 
-import csv
-import math
 import os
 import re
 import shutil
@@ -20,21 +17,20 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 from pydantic import ValidationError
 
-from cache.errors import EmocacheError, MissingDependencyError, SchemaError, near_miss
+from cache.errors import EmocacheError, MissingDependencyError, SchemaError
 from cache.schema import describe
 from extract.annotate.evidence.action_units import AuTable, FrameUnits
 from extract.failures import Failure, FailureKind
+from extract.openface_tables import ReadRow, TableRow, read_face
 
 PROGRAM = "FeatureExtraction"
 DEADLINE_S = 600.0
 """OpenFace takes some 50 ms per frame on a slow core; a clip of a minute has 1,800 frames."""
-_NEEDED = ("frame", "timestamp", "confidence", "success")
 _INTENSITY = re.compile(r"(AU[0-9]{2})_r")
 _PRESENCE = re.compile(r"(AU[0-9]{2})_c")
 _OUTPUT_NAME = "units"
@@ -60,183 +56,50 @@ class OpenFaceFailed(EmocacheError):
 # ---- tables ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Face:
-    """One face while a table is read."""
-
-    frames: list[FrameUnits] = field(default_factory=list)
-    confidences: list[float] = field(default_factory=list)
-    latest: int = 0
-
-    @property
-    def rank(self) -> tuple[int, float]:
-        """Frames in which it was found, then how sure the detector was of it."""
-        n = len(self.confidences)
-        return n, math.fsum(self.confidences) / n if n else 0.0
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """Where the columns stand."""
-
-    frame: int
-    timestamp: int
-    confidence: int
-    success: int
-    face_id: int | None
-    intensities: dict[str, int]
-    presences: dict[str, int]
-    n: int
-
-
 def read_openface_csv(path: Path, *, min_confidence: float = 0.0) -> AuTable:
-    """Read a table of OpenFace's.
+    """Read the action units of a table of OpenFace's; see `extract.openface_tables.read_face`.
 
-    Frames without success, or with less confidence than asked for, do not count. Of several faces the
-    one that counts in most frames is taken, of equals the one with the higher mean confidence, of those
-    the one with the lowest number. OpenFace counts frames from 1, an `AuTable` from 0.
+    OpenFace counts frames from 1, an `AuTable` from 0.
 
     Args:
         path: The CSV file.
         min_confidence: 0 to 1; 0 leaves the decision to OpenFace's own `success`.
 
     Returns:
-        Units of that face. Without frames, if no face was found in any.
+        Units of the face that counts in most frames. Without frames, if no face was found in any.
 
     Raises:
         SchemaError: Not such a table, a damaged one, or one without any frame.
     """
-    faces: dict[int, _Face] = {}
-    n_frames = 0
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file, skipinitialspace=True)
-            columns = _columns(next(rows, []), path)
-            for row in rows:
-                if row:  # not the blank line that an editor may leave
-                    where = f"{path}, line {rows.line_num}"
-                    n_frames = max(n_frames, _add(row, columns, faces, min_confidence, where))
-    except OSError as error:
-        raise SchemaError(
-            f"{path}: the OpenFace table cannot be read ({error.strerror or error}). Check the path."
-        ) from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise SchemaError(
-            f"{path}: not a CSV file ({error}). Give a table that OpenFace 2.x wrote."
-        ) from None
-    if not n_frames:
-        raise SchemaError(
-            f"{path}: the table holds no frames, at least one row is needed. OpenFace was stopped, or "
-            "the file was cut; run it again for this clip."
-        )
-    number, face = min(
-        faces.items(), key=lambda item: (-item[1].rank[0], -item[1].rank[1], item[0])
-    )
+    found = read_face(path, _missing, _reader, flag="-aus", min_confidence=min_confidence)
     return AuTable(
-        frames=tuple(face.frames),
-        n_frames=n_frames,
-        face=number if face.frames else None,
-        n_faces=sum(bool(f.frames) for f in faces.values()),
+        frames=found.frames, n_frames=found.n_frames, face=found.face, n_faces=found.n_faces
     )
 
 
-def _columns(header: Sequence[str], path: Path) -> _Columns:
-    names = [name.strip() for name in header]
-    place = {name: number for number, name in enumerate(names)}
-    if len(place) < len(names):
-        twice = next(name for number, name in enumerate(names) if place[name] != number)
-        raise SchemaError(f"{path}: column {twice!r} is there twice; the file was put together.")
-    units = {m[1]: place[n] for n in names if (m := _INTENSITY.fullmatch(n))}
-    missing = [name for name in _NEEDED if name not in place]
-    if missing or not units:
-        wanted = missing[0] if missing else "AU01_r"
-        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        found = f"{', '.join(names[:6])}, ..." if len(names) > 6 else ", ".join(names) or "nothing"
-        raise SchemaError(
-            f"{path}: column {wanted!r}{others} is missing (found {found}).{near_miss(wanted, names)} "
-            "Give a table that OpenFace 2.x's FeatureExtraction wrote with -aus."
-        )
-    return _Columns(
-        frame=place["frame"],
-        timestamp=place["timestamp"],
-        confidence=place["confidence"],
-        success=place["success"],
-        face_id=place.get("face_id"),
-        intensities=units,
-        presences={m[1]: place[n] for n in names if (m := _PRESENCE.fullmatch(n))},
-        n=len(names),
-    )
+def _missing(names: Sequence[str]) -> Sequence[str]:
+    return () if any(_INTENSITY.fullmatch(name) for name in names) else ("AU01_r",)
 
 
-def _add(
-    row: Sequence[str],
-    columns: _Columns,
-    faces: dict[int, _Face],
-    min_confidence: float,
-    where: str,
-) -> int:
-    """Note one row; return the number of its frame, from 1."""
-    if len(row) != columns.n:
-        raise SchemaError(
-            f"{where}: {len(row)} cells, the header has {columns.n}. The table is cut off or damaged; "
-            "run OpenFace again for this clip."
-        )
-    number = _whole(row[columns.frame], "frame", 1, where)
-    face_id = 0 if columns.face_id is None else _whole(row[columns.face_id], "face_id", 0, where)
-    face = faces.setdefault(face_id, _Face())
-    if number <= face.latest:
-        raise SchemaError(
-            f"{where}: frame {number} of face {face_id} comes after frame {face.latest}; frames must be "
-            "in order, each once. Was the table put together from several clips?"
-        )
-    face.latest = number
-    confidence = _number(row[columns.confidence], "confidence", where)
-    if _whole(row[columns.success], "success", 0, where) != 1 or confidence < min_confidence:
-        return number
-    try:
-        frame = FrameUnits(
-            index=number - 1,
-            pts_s=_number(row[columns.timestamp], "timestamp", where),
-            intensities={
-                unit: _number(row[at], f"{unit}_r", where)
-                for unit, at in columns.intensities.items()
-            },
-            present=tuple(
-                unit
-                for unit, at in columns.presences.items()
-                if _number(row[at], f"{unit}_c", where) >= 0.5
+def _reader(place: dict[str, int]) -> ReadRow[FrameUnits]:
+    intensities = {m[1]: name for name in place if (m := _INTENSITY.fullmatch(name))}
+    presences = {m[1]: name for name in place if (m := _PRESENCE.fullmatch(name))}
+
+    def read(row: TableRow) -> FrameUnits:
+        try:
+            return FrameUnits(
+                index=row.index,
+                pts_s=row.number("timestamp"),
+                intensities={unit: row.number(name) for unit, name in intensities.items()},
+                present=tuple(u for u, name in presences.items() if row.number(name) >= 0.5)
+                if presences
+                else None,
+                confidence=row.confidence,
             )
-            if columns.presences
-            else None,
-            confidence=confidence,
-        )
-    except ValidationError as error:
-        raise SchemaError(f"{where}: {describe(FrameUnits, error)}") from None
-    face.frames.append(frame)
-    face.confidences.append(confidence)
-    return number
+        except ValidationError as error:
+            raise SchemaError(f"{row.where}: {describe(FrameUnits, error)}") from None
 
-
-def _number(cell: str, column: str, where: str) -> float:
-    try:
-        value = float(cell)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise SchemaError(
-            f"{where}: {column} is {cell.strip()[:40]!r}, a number is needed. The table is damaged; run "
-            "OpenFace again for this clip."
-        )
-    return value
-
-
-def _whole(cell: str, column: str, least: int, where: str) -> int:
-    value = _number(cell, column, where)
-    if value != int(value) or value < least:
-        raise SchemaError(
-            f"{where}: {column} is {cell.strip()[:40]!r}, a whole number from {least} on is needed."
-        )
-    return int(value)
+    return read
 
 
 # ---- the program ----------------------------------------------------------------------------------
