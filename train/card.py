@@ -7,7 +7,6 @@ from pathlib import Path
 
 import yaml
 
-from cache.spec import STREAMS
 from train.config import Preset, StageConfig
 
 _TEXT = """# {name}, {stage}
@@ -29,9 +28,9 @@ part of this folder; their licences hold for what is built on them, and so do th
 
 ## Tokens that it reads
 
-| stream | encoder | spec_id |
+| input | encoder | spec_id |
 |---|---|---|
-{streams}
+{inputs}
 
 Tokens of another spec are refused: the weights would not fit them.
 
@@ -95,10 +94,9 @@ def write_card(
             for name, value in numbers.items()
             if "loss" in name or "accuracy" in name
         ),
-        streams="\n".join(
-            f"| {stream} | {getattr(preset.tokens, stream).encoder.kind} | "
-            f"`{getattr(preset.tokens, stream).spec_id}` |"
-            for stream in STREAMS
+        inputs="\n".join(
+            f"| {name} | {spec.encoder.kind} | `{spec.spec_id}` |"
+            for name, spec in preset.tokens.by_input().items()
         ),
     )
     header = yaml.safe_dump(front, sort_keys=False)

@@ -74,7 +74,7 @@ class TrainState(Model):
     n_positions: int = 0
     """Positions that the language model computed in this stage."""
     spec_ids: dict[str, str] = Field(default_factory=dict)
-    """Stream -> spec of the tokens."""
+    """Input -> spec of the tokens."""
     versions: dict[str, str] = Field(default_factory=dict)
     """Of the process that wrote it."""
     files: dict[str, str] = Field(default_factory=dict)

@@ -5,12 +5,13 @@ Precedence: preset < `--with file.yaml` < `key=value`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from cache.errors import SchemaError
 from cache.overrides import configured
 from cache.schema import Model
 from cache.spec import Stream, TokenSpec
@@ -18,34 +19,58 @@ from cache.views import AudioView, ImageView, VideoView
 from train.prompt import PrefixLayout, PromptStyle
 from train.tasks import Asked, Task, tasks_of
 
+Input = Literal["audio", "video", "image", "local"]
+"""What a model may read of a clip: one token tensor of each. `local` is a second one of the video
+stream, for the predecessor's face tokens; the others are called after their streams."""
+INPUTS: tuple[Input, ...] = get_args(Input)
+STREAM_OF: Mapping[Input, Stream] = {
+    "audio": "audio", "video": "video", "image": "image", "local": "video"
+}  # fmt: skip
+FUSED: tuple[Input, ...] = ("audio", "image", "video")
+"""Inputs that the pre-fusion takes, in the order of the paper's equation 2; of the image its CLS token."""
+Block = Literal["fusion", "image", "video", "audio", "local", "cls"]
+"""A part of the prefix: an input's view, the fusion tokens, or the image's CLS token by itself."""
+
 
 class Tokens(Model):
-    """What is stored per stream; weights digests may be open, the store then decides."""
+    """What is stored per input; weights digests may be open, the store then decides.
 
-    audio: TokenSpec
-    video: TokenSpec
-    image: TokenSpec
+    None, `tokens.video=null`, leaves an input out of the model.
+    """
+
+    audio: TokenSpec | None = None
+    video: TokenSpec | None = None
+    image: TokenSpec | None = None
+    local: TokenSpec | None = None
 
     @model_validator(mode="after")
-    def _under_their_names(self) -> Tokens:
-        for name in ("audio", "video", "image"):
-            if getattr(self, name).stream != name:
+    def _of_their_streams(self) -> Tokens:
+        for name, spec in self.by_input().items():
+            if spec.stream != STREAM_OF[name]:
                 raise ValueError(
-                    f"tokens.{name} is a spec of stream {getattr(self, name).stream!r}"
+                    f"tokens.{name} is a spec of stream {spec.stream!r}, it needs {STREAM_OF[name]!r}"
                 )
+        if not self.by_input():
+            raise ValueError(f"a model without any input; give at least one of {', '.join(INPUTS)}")
         return self
 
+    def by_input(self) -> dict[Input, TokenSpec]:
+        """Return the specs of the inputs that the model has, in the order of `INPUTS`."""
+        found = {name: getattr(self, name) for name in INPUTS}
+        return {name: spec for name, spec in found.items() if spec is not None}
+
     def all(self) -> tuple[TokenSpec, ...]:
-        """Return the three specs."""
-        return self.audio, self.video, self.image
+        """Return the specs, each once."""
+        return tuple({spec.canonical_json(): spec for spec in self.by_input().values()}.values())
 
 
 class Views(Model):
-    """What the trainer asks for per stream."""
+    """What the trainer asks for per input; a view of an input that the model lacks says nothing."""
 
-    audio: AudioView
-    video: VideoView
-    image: ImageView
+    audio: AudioView | None = None
+    video: VideoView | None = None
+    image: ImageView | None = None
+    local: VideoView | None = None
 
 
 FusionKind = Literal[
@@ -212,23 +237,50 @@ class PromptConfig(Model):
     """How samples become text."""
 
     style: PromptStyle = "code"
+    """`v1`, as the predecessor: two splice points, `<video>...</video> <feature>...</feature>`."""
     instructions: str | None = None
-    """JSON file of templates; None takes the bundled ones."""
+    """JSON file of templates, or `emocache/v1` for the predecessor's pools; None takes the bundled ones."""
     chat: Literal["auto", "llama-2"] = "auto"
     """Whose turns surround a sample: the tokenizer's chat template where it has one, or always
     `[INST] ... [/INST]`."""
     max_answer_tokens: int = Field(default=1024, gt=1)
     """Longer reasoning is cut; the label stays."""
     use_subtitle: bool = True
-    subtitle_language: str | None = None
-    """`en`, `zh`, ...: subtitles in this language alone; None takes each record's first."""
+    subtitle_language: str | dict[str, str] | None = None
+    """`en`, `zh`, ...: subtitles in this language alone, or one by corpus, as `{mer2023: en}`; None, and
+    for corpora that are not named, takes each record's first."""
+    eval_subtitle_language: str | dict[str, str] | None = None
+    """The same where the model is asked, not trained; None, and for corpora that are not named, takes
+    the language of training. The released code trains on English subtitles of MER2023 and asks with
+    Chinese ones."""
+    eval_bos: Literal[1, 2] = 1
+    """Begin-of-sequence tokens where the model is asked; 2, as the released code, is one more than in
+    training."""
     option_list: Literal["full", "label_conditional"] = "full"
     """`label_conditional`, as the released code: lists without neutral, but only where the true label
     is another one. It tells the model something about the answer."""
     neutral_free_share: float = Field(default=0.5, ge=0, le=1)
     """Share of such lists with `label_conditional`; the released code has 0.5 to 0.8 by corpus."""
+    description_version: str | None = None
+    """Of several descriptions that fit a task take those of this version, where there are any; None takes
+    turns. `fine`, of MERR-Fine, is what the predecessor's second stage learns: with `style=v1` such answers
+    are asked for by `[reason_v2]`, also where the model is asked."""
     answer_norm: Literal["keep", "blip"] = "keep"
     """`blip`, as the released code: lower case, no punctuation, at most 200 words."""
+
+    def language(self, corpus: str, *, asking: bool = False) -> str | None:
+        """Return in which language subtitles of a corpus are read; None: whichever comes first.
+
+        Args:
+            corpus: First part of a uid.
+            asking: A trained model is asked.
+        """
+        given = (self.eval_subtitle_language if asking else None, self.subtitle_language)
+        for found in given:
+            language = found.get(corpus) if isinstance(found, dict) else found
+            if language is not None:
+                return language
+        return None
 
 
 class DataConfig(Model):
@@ -240,6 +292,11 @@ class DataConfig(Model):
     """The stream could not be encoded."""
     mask_missing: bool = True
     """False, as the released code: a masked stream's zeros are attended to."""
+    corpora: tuple[str, ...] | None = None
+    """Train and validate on records of these corpora alone; None takes all that the manifest has."""
+    train_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of each corpus's training records to train on, drawn by `seed`; of two shares the smaller
+    one is a part of the larger."""
     train_split: str = "train"
     val_split: str | None = "val"
     """Records to validate on; None, or a split that no record is in, validates nothing."""
@@ -279,6 +336,9 @@ class Preset(Model):
     tokens: Tokens
     views: Views
     model: ModelConfig
+    prefix: tuple[tuple[Block, ...], ...] = (("fusion", "image", "video", "audio"),)
+    """Blocks in the order in which they enter the sequence, one group per splice point of the prompt
+    (paper, section 4.1). Blocks of inputs that the model lacks are left out."""
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     prompt: PromptConfig = PromptConfig()
     data: DataConfig = DataConfig()
@@ -292,47 +352,111 @@ class Preset(Model):
 
     @model_validator(mode="after")
     def _fusable(self) -> Preset:
-        n_audio, n_video = (
-            self.views.audio.n_tokens,
-            self.views.video.n_frames * self.views.video.grid**2,
-        )
-        fusion = self.model.fusion
+        fusion, views = self.model.fusion, self.views
+        if fusion.kind == "none":
+            return self
+        fused = [name for name in FUSED if getattr(self.tokens, name) is not None]
+        if len(fused) < 2:
+            raise ValueError(
+                f"{fusion.kind} fuses at least two of {', '.join(FUSED)}, the model reads {fused or 'none'}; "
+                "set model.fusion.kind=none"
+            )
         pairs = fusion.kind in ("attention", "conv", "conv-attention")
-        if pairs and fusion.n_tokens is None and n_audio != n_video:
+        if not pairs or fusion.n_tokens is not None or not {"audio", "video"} <= {*fused}:
+            return self
+        if views.audio is None or views.video is None:
+            return self  # said by _viewed
+        n_audio, n_video = views.audio.n_tokens, views.video.n_frames * views.video.grid**2
+        if n_audio != n_video:
             raise ValueError(
                 f"{fusion.kind} pairs audio and video token by token: views.audio.n_tokens is "
                 f"{n_audio}, but views.video gives {n_video} (n_frames * grid * grid). Set "
                 "model.fusion.n_tokens to bring both to one number"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _viewed(self) -> Preset:
+        for name in self.tokens.by_input():
+            if getattr(self.views, name) is None:
+                raise ValueError(
+                    f"tokens.{name} is given without views.{name}, which says how many tokens the model "
+                    "takes of it"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _placed(self) -> Preset:
+        blocks = [block for group in self.prefix for block in group]
+        twice = sorted({block for block in blocks if blocks.count(block) > 1})
+        if twice:
+            raise ValueError(f"prefix names {', '.join(twice)} twice")
+        entering: set[str] = {*blocks}
+        entering |= {"image"} if "cls" in blocks else set()
+        entering |= {*FUSED} if self.model.fusion.kind != "none" and "fusion" in blocks else set()
+        left_out = [name for name in self.tokens.by_input() if name not in entering]
+        if left_out:
+            raise ValueError(
+                f"prefix has no place for {', '.join(left_out)}, though tokens.{left_out[0]} is given"
+            )
+        if self.model.fusion.kind != "none" and "fusion" not in blocks:
+            raise ValueError(
+                "prefix has no place for fusion; add it, or set model.fusion.kind=none"
+            )
+        n_splices = 2 if self.prompt.style == "v1" else 1
+        if len(self.prefix) != n_splices:
+            raise ValueError(
+                f"prompt.style={self.prompt.style} has {n_splices} splice point{'s' * (n_splices > 1)}, "
+                f"but prefix has {len(self.prefix)} groups of blocks"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_apart(self) -> Preset:
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"two stages share a name: {names}")
         return self
 
-    def view_shapes(self) -> dict[Stream, tuple[int, int]]:
-        """Return (tokens, channels) per stream; raises SpecMismatchError for an unservable view."""
-        return {
-            "audio": self.views.audio.shape(self.tokens.audio),
-            "video": self.views.video.shape(self.tokens.video),
-            "image": self.views.image.shape(self.tokens.image),
-        }
+    def view_shapes(self) -> dict[Input, tuple[int, int]]:
+        """Return (tokens, channels) per input; raises SpecMismatchError for an unservable view."""
+        specs = self.tokens.by_input()
+        return {name: getattr(self.views, name).shape(spec) for name, spec in specs.items()}
+
+    def hidden_inputs(self, streams: Iterable[str]) -> tuple[Input, ...]:
+        """Return the inputs that are masked where some streams are."""
+        hidden = set(streams)
+        return tuple(name for name in self.tokens.by_input() if STREAM_OF[name] in hidden)
 
     def layout(self) -> PrefixLayout:
-        """Return the prefix: fusion, image, video, audio (paper section 4.1)."""
-        n = {stream: shape[0] for stream, shape in self.view_shapes().items()}
+        """Return the prefix: fusion, image, video, audio (paper section 4.1), or as `prefix` says.
+
+        Raises:
+            SpecMismatchError: A view that the tokens cannot serve.
+            SchemaError: A prefix without a token.
+        """
+        n: dict[Block, int] = {name: shape[0] for name, shape in self.view_shapes().items()}
+        if self.tokens.image is not None:
+            n["cls"] = 1
         fusion = self.model.fusion
-        n_fusion = {
-            "none": 0,
-            "q-former": fusion.n_queries,
-            "affectgpt-attention": 1,
-        }.get(fusion.kind, fusion.n_tokens or n["audio"])
-        blocks = (
-            ("fusion", n_fusion),
-            ("image", n["image"]),
-            ("video", n["video"]),
-            ("audio", n["audio"]),
+        if fusion.kind != "none":
+            own = {"q-former": fusion.n_queries, "affectgpt-attention": 1}
+            paired = n.get("audio") or n.get("video", 0)
+            n["fusion"] = own.get(fusion.kind, fusion.n_tokens or paired)
+        groups = tuple(
+            tuple((block, n[block]) for block in group if n.get(block)) for group in self.prefix
         )
-        return PrefixLayout(tuple(block for block in blocks if block[1]))
+        if not any(groups):
+            raise SchemaError(
+                f"nothing of a clip enters the sequence: of {', '.join(self.tokens.by_input())} no block "
+                f"of the prefix {[list(group) for group in self.prefix]} has a token. Of an image whose "
+                "CLS token alone is stored, put `cls` into the prefix."
+            )
+        return PrefixLayout.of_groups(groups)
+
+
+GROWING = ("tasks", "modality_dropout", "corpora")
+"""Fields that map a user's own keys: an override may add to them."""
 
 
 def configure(
@@ -354,5 +478,5 @@ def configure(
         with_file,
         name=preset.name,
         example="stages.0.optim.lr=1e-5",
-        growing=("tasks", "modality_dropout", "corpora"),
+        growing=GROWING,
     )

@@ -42,7 +42,7 @@ class Work:
         rows: list[tuple[int, int]] = []  # (positions, answer tokens) of each question
         for group in pack:
             prompts = [question.prompt for question in group.questions]
-            shared = len(prompts[0].head_ids) + group.n_prefix
+            shared = group.n_shared
             texts = [len(p.tail_ids) + len(p.answer_ids) for p in prompts]
             rows += [(shared + n, len(p.answer_ids)) for n, p in zip(texts, prompts, strict=True)]
             positions += group.n_positions
@@ -218,8 +218,9 @@ class Costs:
     @property
     def clip_bytes(self) -> int:
         """Bytes of the tokens of one clip in a batch, float32."""
-        shapes = self._preset.view_shapes().values()
-        return 4 * (sum(n * width for n, width in shapes) + self._preset.tokens.image.encoder.width)
+        shapes, image = self._preset.view_shapes().values(), self._preset.tokens.image
+        cls_width = 0 if image is None else image.encoder.width
+        return 4 * (sum(n * width for n, width in shapes) + cls_width)
 
     def _activations_bytes(self, work: Work) -> float:
         layer_bytes = self._saved_bytes / self._n_layers

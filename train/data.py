@@ -33,15 +33,16 @@ class PrefixBatch(TypedDict):
 
         BOS head | prefix of clip 0 | tail, answer | tail, answer | BOS head | prefix of clip 1 | ...
 
-    Masked tokens of the prefix are left out. Questions of one clip do not see each other.
+    Masked tokens of the prefix are left out. Questions of one clip do not see each other. With several
+    splice points the prefix is in as many groups, with text between them.
     """
 
     tokens: dict[str, Tensor]
-    """`audio`, `video`, `image`: (C, T, D) float32; `image_cls`: (C, D). Zeros where masked."""
+    """By input, see `train.reading.Views`."""
     masks: dict[str, Tensor]
-    """`audio`, `video`, `image`: (C, T) bool, True where valid."""
+    """By input, see `train.reading.Views`."""
     text_ids: Tensor
-    """(S,) int64: the head, once, then tails and answers."""
+    """(S,) int64: the head and what is between the prefix's groups, once, then tails and answers."""
     order: Tensor
     """(N,) int64: what stands at each position: i < S is text i, S + c P + p is token p of the
     prefix of clip c, P long."""
@@ -83,18 +84,22 @@ class Group:
     """Valid tokens of the prefix."""
 
     @property
+    def n_shared(self) -> int:
+        """Positions in front of the questions: the head and the prefix, with the text between its groups."""
+        first = self.questions[0].prompt
+        return len(first.head_ids) + sum(map(len, first.between_ids)) + self.n_prefix
+
+    @property
     def n_positions(self) -> int:
         """Positions that the group takes in a batch."""
         prompts = [q.prompt for q in self.questions]
-        text = sum(len(p.tail_ids) + len(p.answer_ids) for p in prompts)
-        return len(prompts[0].head_ids) + self.n_prefix + text
+        return self.n_shared + sum(len(p.tail_ids) + len(p.answer_ids) for p in prompts)
 
     @property
     def longest(self) -> int:
         """Positions of its longest question with the prefix: what a context must hold."""
         prompts = [q.prompt for q in self.questions]
-        text = max(len(p.tail_ids) + len(p.answer_ids) for p in prompts)
-        return len(prompts[0].head_ids) + self.n_prefix + text
+        return self.n_shared + max(len(p.tail_ids) + len(p.answer_ids) for p in prompts)
 
     @property
     def n_answer_tokens(self) -> int:
@@ -124,12 +129,23 @@ class Renderer:
     def question(
         self, record: Record, ask: Ask, *, with_answer: bool, vary: bool = True
     ) -> Question:
-        """Render and tokenize one question about a record; see `Wording.render`."""
+        """Render and tokenize one question about a record; see `Wording.render`.
+
+        Without its answer it is for a trained model, so that the settings for asking count.
+        """
         prompt = tokenize(
-            self.wording.render(record, ask, with_answer=with_answer, vary=vary, turns=self.turns),
+            self.wording.render(
+                record,
+                ask,
+                with_answer=with_answer,
+                vary=vary,
+                asking=not with_answer,
+                turns=self.turns,
+            ),
             self.tokenizer,
             max_answer_tokens=self.preset.prompt.max_answer_tokens,
             turns=self.turns,
+            n_bos=1 if with_answer else self.preset.prompt.eval_bos,
         )
         return Question(ask.task, prompt)
 
@@ -147,10 +163,14 @@ def model_arguments(batch: PrefixBatch) -> dict[str, Any]:
 
 def prefix_masks(preset: Preset, masks: Mapping[str, Tensor]) -> Tensor:
     """Return which prefix tokens are valid, (C, P) bool, in the order of the prefix."""
-    audio, image, video = masks["audio"], masks["image"], masks["video"]
-    fused = fused_mask(preset.model.fusion, audio, image.any(dim=1), video)
-    blocks = {**masks, "fusion": fused}
-    return torch.cat([blocks[name] for name in preset.layout().names], dim=1)
+    names, blocks = preset.layout().names, dict(masks)
+    image = masks["image"].any(dim=1) if "image" in masks else None
+    if image is not None:
+        blocks["cls"] = image.unsqueeze(1)
+    if "fusion" in names:
+        fused = fused_mask(preset.model.fusion, masks.get("audio"), image, masks.get("video"))
+        blocks["fusion"] = fused
+    return torch.cat([blocks[name] for name in names], dim=1)
 
 
 def collate(
@@ -171,11 +191,15 @@ def collate(
     if not preset.data.mask_missing:
         masks = {name: torch.ones_like(mask) for name, mask in masks.items()}
     valid = prefix_masks(preset, masks).numpy()
-    n_prefix = valid.shape[1]
-    head = groups[0].questions[0].prompt.head_ids
-    text = list(head)
+    n_prefix, parts = valid.shape[1], preset.layout().groups
     prompts = [q.prompt for group in groups for q in group.questions]
-    n_text = len(head) + sum(len(p.tail_ids) + len(p.answer_ids) for p in prompts)
+    head, between = prompts[0].head_ids, prompts[0].between_ids
+    text = list(head)
+    texts: list[Any] = [np.arange(len(head))]  # what stands in front of each part of the prefix
+    for ids in between:
+        texts.append(np.arange(len(text), len(text) + len(ids)))
+        text += ids
+    n_text = len(text) + sum(len(p.tail_ids) + len(p.answer_ids) for p in prompts)
     order: list[Any] = []
     places: list[Any] = []
     rows: list[tuple[int, int, int, int]] = []
@@ -184,9 +208,10 @@ def collate(
     answer_of: list[int] = []
     at = number = 0
     for clip, group in enumerate(groups):
-        shared = np.flatnonzero(valid[clip]) + n_text + clip * n_prefix
-        n_shared = len(head) + len(shared)
-        order += [np.arange(len(head)), shared]
+        n_shared = sum(map(len, texts)) + int(valid[clip].sum())
+        for own, part in zip(texts, parts, strict=True):
+            tokens = np.flatnonzero(valid[clip, part]) + part.start
+            order += [own, tokens + n_text + clip * n_prefix]
         places.append(np.arange(n_shared))
         start, first = at, at
         at += n_shared

@@ -25,7 +25,8 @@ from train.mixture import Mixture
 from train.model import EmotionLlama
 from train.packing import Grouper, Planner, Step
 from train.parallel import Parallel
-from train.reading import ViewReader, usable
+from train.reading import ViewReader
+from train.records import records_to_train_on, records_to_validate_on
 
 N_STEPS = 64
 """Steps of each stage that are laid out; the others are taken to be like them."""
@@ -169,10 +170,8 @@ def estimate(
     check_labels(manifest, preset, "the manifest")
     reader = ViewReader(store, preset)
     preset, data = preset.model_copy(update={"tokens": reader.resolved}), preset.data
-    records = usable(manifest.select(data.train_split), reader, data)
-    val_records = []
-    if data.val_split is not None and data.val_split in manifest.splits:
-        val_records = usable(manifest.select(data.val_split), reader, data)
+    records = records_to_train_on(manifest, preset, reader)
+    val_records = records_to_validate_on(manifest, preset, reader)
     mixtures = [
         Mixture(records, stage, preset.seed + number, reader.streams_of)
         for number, stage in enumerate(preset.stages)

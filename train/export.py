@@ -64,7 +64,7 @@ def export_conversations(
         style: `llava`: id, video (or image, or audio), conversations, metadata. `sharegpt`, which
             LLaMA-Factory reads: conversations, videos (or images, or audios), metadata.
         preset: Prompt settings and seed; None takes those of `v2`.
-        tasks: Tasks and families to ask; None asks all.
+        tasks: Tasks and families to ask; None asks all that the instructions have templates for.
         split: Leaves out records of other splits.
         seed: Another than the preset's.
         epoch: Pass: other passes have other wordings and orders of options.
@@ -117,13 +117,15 @@ def export_conversations(
 def preview(record: Record, header: Header, preset: Preset) -> list[Preview]:
     """Return how each task that a record can answer is asked in the first pass of a training.
 
+    Tasks without templates in the preset's instructions are left out.
+
     Raises:
         ManifestError: The record's corpus has no label space for a task.
-        SchemaError: The instructions have no templates for a task, or the answer cannot be rendered.
+        SchemaError: Damaged instructions, or an answer that cannot be rendered.
     """
-    blocks = ", ".join(f"{n} {name}" for name, n in preset.layout().blocks)
+    layout = preset.layout()
     return [
-        Preview(task, f"{prompt.head} {{{blocks}}} {prompt.tail}", prompt.answer or "")
+        Preview(task, prompt.shown(layout), prompt.answer or "")
         for task, prompt in _samples(record, Wording(preset, header), None, 0)
     ]
 
@@ -133,7 +135,7 @@ def _samples(
 ) -> Iterator[tuple[Task, RenderedPrompt]]:
     """Yield what is asked about a record."""
     for task in available_tasks(record):
-        if tasks is None or task in tasks:
+        if wording.pools.has(task) if tasks is None else task in tasks:
             try:
                 yield task, wording.render(record, Ask(task, epoch), with_answer=True)
             except SchemaError as error:
@@ -141,8 +143,8 @@ def _samples(
 
 
 def _question(prompt: RenderedPrompt) -> str:
-    """Return the text between our tags: subtitle clause, identifier, instruction."""
-    return prompt.tail.removeprefix("</Vid> ").removesuffix(LLAMA_2[1])
+    """Return the text behind our tags: subtitle clause, identifier, instruction."""
+    return prompt.tail.partition("> ")[2].removesuffix(LLAMA_2[1])
 
 
 def _medium(record: Record) -> Medium:

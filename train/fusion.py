@@ -20,23 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from cache.errors import SpecMismatchError
-from train.config import FusionConfig, FusionKind
-
-STREAMS = ("audio", "image", "video")
-"""The order of equation 2."""
+from train.config import FUSED, FusionConfig, FusionKind
 
 QUERY_STD = 0.02
 """Initial spread of learnt queries, as in BERT and AffectGPT."""
 
 
 def make_fusion(
-    config: FusionConfig, audio_width: int, image_width: int, video_width: int
+    config: FusionConfig, audio_width: int | None, image_width: int | None, video_width: int | None
 ) -> PreFusion | None:
     """Build the pre-fusion of `config.kind`; None for a prefix without fusion tokens.
 
     Args:
         config: Kind and sizes.
-        audio_width: Channels of an audio token.
+        audio_width: Channels of an audio token; None, here and in the next two, leaves the stream out.
         image_width: Channels of the CLS token.
         video_width: Channels of a video token.
     """
@@ -45,25 +42,32 @@ def make_fusion(
 
 
 def fused_mask(
-    config: FusionConfig, audio_mask: Tensor, image_mask: Tensor, video_mask: Tensor
+    config: FusionConfig,
+    audio_mask: Tensor | None,
+    image_mask: Tensor | None,
+    video_mask: Tensor | None,
 ) -> Tensor:
     """Return the mask that `PreFusion.forward` would, (B, Tf) bool, without fusing.
 
     Args:
         config: Kind and numbers of tokens.
-        audio_mask: (B, Ta) bool, True where valid.
+        audio_mask: (B, Ta) bool, True where valid; None, here and in the next two, of a stream that
+            the pre-fusion was built without.
         image_mask: (B,) bool.
         video_mask: (B, Tv) bool.
     """
     kind = KINDS[config.kind]
+    context = None if image_mask is None else image_mask.unsqueeze(1)
+    masks = [mask for mask in (audio_mask, context, video_mask) if mask is not None]
     if kind is None:
-        return audio_mask[:, :0]
+        return masks[0][:, :0]
     if kind is QFormer:
-        present = audio_mask.any(dim=1) | image_mask | video_mask.any(dim=1)
+        present = torch.cat(masks, dim=1).any(dim=1)
         return present.unsqueeze(1).expand(-1, config.n_queries)
-    n = 1 if kind is AffectGptAttention else config.n_tokens or audio_mask.shape[1]
-    audio, video = (resample(m.unsqueeze(-1).float(), m, n)[1] for m in (audio_mask, video_mask))
-    return audio | video | image_mask.unsqueeze(1)
+    timed = [mask for mask in (audio_mask, video_mask) if mask is not None]
+    n = 1 if kind is AffectGptAttention else config.n_tokens or timed[0].shape[1]
+    fused = torch.stack([resample(m.unsqueeze(-1).float(), m, n)[1] for m in timed]).any(dim=0)
+    return fused if context is None else fused | context
 
 
 def resample(tokens: Tensor, mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -107,19 +111,30 @@ def _mlp(d_in: int, hidden: int, d_out: int, dropout: float) -> nn.Sequential:
 
 
 class PreFusion(nn.Module, ABC):
-    """Three streams in, fusion tokens out.
+    """Two or three streams in, fusion tokens out.
 
     A masked token contributes nothing: what `prep` makes of it is set to zero, so an absent stream
     cannot speak through its bias.
     """
 
     def __init__(
-        self, config: FusionConfig, audio_width: int, image_width: int, video_width: int
+        self,
+        config: FusionConfig,
+        audio_width: int | None,
+        image_width: int | None,
+        video_width: int | None,
     ) -> None:
         """Build `prep`, which brings each stream to `config.width` channels; see `make_fusion`."""
         super().__init__()
-        widths = zip(STREAMS, (audio_width, image_width, video_width), strict=True)
-        self.prep = nn.ModuleDict({name: self._project(width, config) for name, width in widths})
+        widths = zip(FUSED, (audio_width, image_width, video_width), strict=True)
+        self.prep = nn.ModuleDict(
+            {name: self._project(width, config) for name, width in widths if width is not None}
+        )
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The streams that are fused, in the order of equation 2."""
+        return tuple(self.prep)
 
     def _project(self, d_in: int, config: FusionConfig) -> nn.Module:
         return _mlp(d_in, config.hidden_width, config.width, config.dropout)
@@ -127,14 +142,14 @@ class PreFusion(nn.Module, ABC):
     @abstractmethod
     def forward(
         self,
-        audio: Tensor,
-        image_cls: Tensor,
-        video: Tensor,
-        audio_mask: Tensor,
-        image_mask: Tensor,
-        video_mask: Tensor,
+        audio: Tensor | None,
+        image_cls: Tensor | None,
+        video: Tensor | None,
+        audio_mask: Tensor | None,
+        image_mask: Tensor | None,
+        video_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Fuse three streams.
+        """Fuse the streams; those that the module was built without are None, tokens and mask.
 
         Args:
             audio: (B, Ta, Da).
@@ -168,15 +183,19 @@ class ConvAttention(PreFusion):
     branches: tuple[Literal["attention", "conv"], ...] = ("attention", "conv")
 
     def __init__(
-        self, config: FusionConfig, audio_width: int, image_width: int, video_width: int
+        self,
+        config: FusionConfig,
+        audio_width: int | None,
+        image_width: int | None,
+        video_width: int | None,
     ) -> None:
         """Build the branches; see `make_fusion` for the arguments."""
         super().__init__(config, audio_width, image_width, video_width)
         self.n_tokens, self.gate = config.n_tokens, config.gate
-        c, joint = config.width, len(STREAMS) * config.width
+        c, joint = config.width, len(self.streams) * config.width
         if "attention" in self.branches:
             self.attn_mlp = _mlp(joint, config.hidden_width, c, config.dropout)
-            self.attn_gate = nn.Linear(c, len(STREAMS))
+            self.attn_gate = nn.Linear(c, len(self.streams))
         if "conv" in self.branches:
             self.conv_in = nn.Conv1d(joint, c, kernel_size=1)
             self.conv_blocks = nn.Sequential(*(ConvBlock(c) for _ in range(config.n_blocks)))
@@ -184,31 +203,35 @@ class ConvAttention(PreFusion):
 
     def forward(
         self,
-        audio: Tensor,
-        image_cls: Tensor,
-        video: Tensor,
-        audio_mask: Tensor,
-        image_mask: Tensor,
-        video_mask: Tensor,
+        audio: Tensor | None,
+        image_cls: Tensor | None,
+        video: Tensor | None,
+        audio_mask: Tensor | None,
+        image_mask: Tensor | None,
+        video_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Fuse as `PreFusion.forward` says, into `n_tokens` tokens; None takes audio and video's.
 
         Raises:
             SpecMismatchError: Without `n_tokens`, audio and video differ in number.
         """
-        n_tokens = self.n_tokens or audio.shape[1]
-        if self.n_tokens is None and audio.shape[1] != video.shape[1]:
+        counts = [x.shape[1] for x in (audio, video) if x is not None]
+        n_tokens = self.n_tokens or counts[0]
+        if self.n_tokens is None and len({*counts}) > 1:
             raise SpecMismatchError(
-                f"audio has {audio.shape[1]} tokens and video {video.shape[1]}, but they are paired "
+                f"audio has {counts[0]} tokens and video {counts[1]}, but they are paired "
                 "one by one; set model.fusion.n_tokens to bring both to one number"
             )
-        audio, audio_mask = resample(audio, audio_mask, n_tokens)
-        video, video_mask = resample(video, video_mask, n_tokens)
-        context = image_cls.unsqueeze(1).expand(-1, n_tokens, -1)
-        masks = (audio_mask, image_mask.unsqueeze(1).expand(-1, n_tokens), video_mask)
-        streams = zip(STREAMS, (audio, context, video), masks, strict=True)
-        parts = [self.prep[name](x) * mask.unsqueeze(-1) for name, x, mask in streams]
-        present = torch.stack(masks, dim=-1)  # (B, T, 3)
+        given: dict[str, tuple[Tensor, Tensor]] = {}  # (B, T, D) and its mask (B, T)
+        if audio is not None and audio_mask is not None:
+            given["audio"] = resample(audio, audio_mask, n_tokens)
+        if image_cls is not None and image_mask is not None:
+            context = image_cls.unsqueeze(1).expand(-1, n_tokens, -1)
+            given["image"] = context, image_mask.unsqueeze(1).expand(-1, n_tokens)
+        if video is not None and video_mask is not None:
+            given["video"] = resample(video, video_mask, n_tokens)
+        parts = [self.prep[name](x) * mask.unsqueeze(-1) for name, (x, mask) in given.items()]
+        present = torch.stack([mask for _, mask in given.values()], dim=-1)  # (B, T, 3)
         f_d = torch.cat(parts, dim=-1)  # (B, T, 3 C)
         mixed = []
         if "attention" in self.branches:
@@ -244,7 +267,11 @@ class AffectGptAttention(AttentionBranch):
     """AffectGPT's attention: the same weighted sum, over the mean of each stream's valid tokens."""
 
     def __init__(
-        self, config: FusionConfig, audio_width: int, image_width: int, video_width: int
+        self,
+        config: FusionConfig,
+        audio_width: int | None,
+        image_width: int | None,
+        video_width: int | None,
     ) -> None:
         """Build the module; the mean of a stream is its resampling to one token."""
         one = config.model_copy(update={"n_tokens": 1})
@@ -255,7 +282,11 @@ class QFormer(PreFusion):
     """Learnt queries read the tokens of all streams, which are one memory (AffectGPT)."""
 
     def __init__(
-        self, config: FusionConfig, audio_width: int, image_width: int, video_width: int
+        self,
+        config: FusionConfig,
+        audio_width: int | None,
+        image_width: int | None,
+        video_width: int | None,
     ) -> None:
         """Build queries, stream embeddings and blocks; see `make_fusion` for the arguments."""
         super().__init__(config, audio_width, image_width, video_width)
@@ -263,7 +294,7 @@ class QFormer(PreFusion):
         self.queries = nn.Parameter(torch.randn(config.n_queries, c) * QUERY_STD)
         # AffectGPT learns an embedding for each place of the memory, which fixes the number of
         # tokens; a learnt one per stream and fixed waves along it tell the same apart for any.
-        self.stream_embeddings = nn.Parameter(torch.randn(len(STREAMS), c))
+        self.stream_embeddings = nn.Parameter(torch.randn(len(self.streams), c))
         self.blocks = nn.ModuleList(
             nn.TransformerDecoderLayer(
                 c, config.n_heads, config.hidden_width, config.dropout, "gelu", batch_first=True
@@ -277,25 +308,28 @@ class QFormer(PreFusion):
 
     def forward(
         self,
-        audio: Tensor,
-        image_cls: Tensor,
-        video: Tensor,
-        audio_mask: Tensor,
-        image_mask: Tensor,
-        video_mask: Tensor,
+        audio: Tensor | None,
+        image_cls: Tensor | None,
+        video: Tensor | None,
+        audio_mask: Tensor | None,
+        image_mask: Tensor | None,
+        video_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Fuse as `PreFusion.forward` says, into `n_queries` tokens."""
-        tokens = (audio, image_cls.unsqueeze(1), video)
+        context = None if image_cls is None else image_cls.unsqueeze(1)
+        context_mask = None if image_mask is None else image_mask.unsqueeze(1)
+        tokens = [x for x in (audio, context, video) if x is not None]
+        masks = [m for m in (audio_mask, context_mask, video_mask) if m is not None]
         placed = [
             self.prep[name](x) + own + _waves(x.shape[1], own)
-            for name, x, own in zip(STREAMS, tokens, self.stream_embeddings, strict=True)
+            for name, x, own in zip(self.streams, tokens, self.stream_embeddings, strict=True)
         ]
-        mask = torch.cat([audio_mask, image_mask.unsqueeze(1), video_mask], dim=1)  # (B, M)
+        mask = torch.cat(masks, dim=1)  # (B, M)
         memory = torch.cat(placed, dim=1) * mask.unsqueeze(-1)  # (B, M, C), M = Ta + 1 + Tv
         present = mask.any(dim=1, keepdim=True)  # (B, 1)
         # A sample without any stream reads zeros: a softmax over nothing would be NaN.
         hidden = ~mask & present
-        x = self.queries.expand(audio.shape[0], -1, -1)  # (B, Q, C)
+        x = self.queries.expand(len(memory), -1, -1)  # (B, Q, C)
         for block in self.blocks:
             x = block(x, memory, memory_key_padding_mask=hidden)
         return self.merge(x), present.expand(-1, x.shape[1])

@@ -23,7 +23,7 @@ def import_run(file: Path, preset: Preset, run: Path) -> ImportReport:
     What the file does not hold keeps its fresh initialisation, as the report says.
 
     Args:
-        file: See `train.published.read_published`.
+        file: See `train.published_file.read_published`.
         preset: Whose shapes the weights must have; its language model is loaded.
         run: Folder to make.
 

@@ -23,9 +23,13 @@ from pydantic import (
 )
 
 from cache.errors import SchemaError, near_miss
-from train.tasks import TASK_TABLE, TASKS, Task, check_task
+from train.tasks import TASK_TABLE, TASKS, Task, check_task, unknown
 
 INSTRUCTIONS_FILE = Path(__file__).with_name("instructions.json")
+V1 = "emocache/v1"
+"""Name of the pools of the predecessor, Emotion-LLaMA: one template for emotion, five for reason."""
+BUNDLED = {V1: INSTRUCTIONS_FILE.with_name("instructions_v1.json")}
+"""Pools that are known by name."""
 LABELS_SLOT = "{labels}"
 """Where a template lists the options."""
 NEUTRAL = "neutral"
@@ -36,8 +40,12 @@ STRUCTURE = (
     r"INST|Vid|VideoHere|SYS|s|pad|unk|bos|eos|mask|cls|sep|unused\d+|(?:start|end)_of_\w+"
     r"|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|IMG\w*|gMASK|sop"
 )
+V1_STRUCTURE = "video|feature|FeatureHere"
+"""Of the predecessor's prompts."""
 PIPED = r"<[|\uff5c][^<>|\uff5c\s]*[|\uff5c]?>|<[^<>|\uff5c\s]*[|\uff5c]>"  # <|x|>, <|x>, <x|>
-STRUCTURE_TAG = re.compile(rf"[<\[]/?(?:{STRUCTURE})[>\]]|{PIPED}", re.IGNORECASE)
+STRUCTURE_TAG = re.compile(
+    rf"[<\[]/?(?:{STRUCTURE})[>\]]|</?(?:{V1_STRUCTURE})>|{PIPED}", re.IGNORECASE
+)
 
 
 class InstructionPools(BaseModel):
@@ -127,12 +135,17 @@ class InstructionPools(BaseModel):
         pools = {task: self._pool(task) for task in TASKS if self._pool(task)}
         return hashlib.sha256(json.dumps(pools, sort_keys=True).encode()).hexdigest()[:12]
 
+    def has(self, task: Task) -> bool:
+        """Return whether there are templates for a task."""
+        return bool(self._pool(task))
+
     def of(self, task: str) -> tuple[str, ...]:
         """Return the templates of a task; raises SchemaError if there are none."""
         checked = check_task(task)
         pool = self._pool(checked)
         if not pool:
-            where = "" if self._file is None else f" '{self._file}'"
+            named = next((name for name, file in BUNDLED.items() if file == self._file), self._file)
+            where = "" if named is None else f" '{named}'"
             raise SchemaError(
                 f"the instructions{where} have no pool '{checked}'; they have "
                 f"{[each for each in TASKS if self._pool(each)]}. Add a list of templates under "
@@ -149,14 +162,16 @@ def load_instructions(path: Path | str | None = None) -> InstructionPools:
     """Read instruction pools from a JSON object `{task: [template, ...]}`.
 
     Args:
-        path: A user's file; None reads the shipped one: ten templates for each label task, five for each
-            task with a description. A user's file may leave out tasks.
+        path: A user's file, or a name of `BUNDLED`; None reads the shipped one: ten templates for each
+            label task, five for each task with a description. Others may leave out tasks.
 
     Raises:
-        SchemaError: The file is missing or no JSON, a task is unknown or repeated, a pool is empty,
-            or a template lacks its `{labels}` slot or may not have one.
+        SchemaError: An unknown name, the file is missing or no JSON, a task is unknown or repeated, a
+            pool is empty, or a template lacks its `{labels}` slot or may not have one.
     """
-    file = INSTRUCTIONS_FILE if path is None else Path(path)
+    file = INSTRUCTIONS_FILE if path is None else BUNDLED.get(str(path), Path(path))
+    if str(path).startswith("emocache/") and not file.exists():
+        raise unknown("instructions", str(path), BUNDLED)
     try:
         raw = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
         _refuse_empty(raw)

@@ -39,7 +39,8 @@ from train.model import EmotionLlama, build
 from train.monitor import Monitor, Tracker, check_trackers
 from train.packing import Grouper, Planner, PlanState
 from train.parallel import Parallel, Processes
-from train.reading import ViewReader, usable
+from train.reading import ViewReader
+from train.records import records_to_train_on, records_to_validate_on
 from train.run import RunInfo, continued, versions, write_run
 from train.stage import OnStep, StageTrainer
 from train.tasks import TASK_TABLE, Task, tasks_of
@@ -123,11 +124,8 @@ class _Job:
         self._reader = ViewReader(store, preset, pin_memory=processes.device.type == "cuda")
         self._preset = preset.model_copy(update={"tokens": self._reader.resolved})
         self._run, self._processes = run, processes
-        data = preset.data
-        self._records = usable(manifest.select(data.train_split), self._reader, data)
-        self._val_records: list[Record] = []
-        if data.val_split is not None and data.val_split in manifest.splits:
-            self._val_records = usable(manifest.select(data.val_split), self._reader, data)
+        self._records = records_to_train_on(manifest, preset, self._reader)
+        self._val_records = records_to_validate_on(manifest, preset, self._reader)
         records_sha256 = _digest(self._records, manifest.header)
         self._previous = continued(run, self._preset, records_sha256)
         # What cannot be drawn or worded is refused before the model is loaded.
@@ -254,7 +252,7 @@ class _Job:
         return Planner(mixture, grouper.groups, stage.optim, self._processes.n, at)
 
     def _fresh(self, stage: StageConfig) -> TrainState:
-        specs = {spec.stream: spec.spec_id for spec in self._preset.tokens.all()}
+        specs = {name: spec.spec_id for name, spec in self._preset.tokens.by_input().items()}
         return TrainState(
             stage=stage.name, step=0, plan=PlanState(), spec_ids=specs, versions=versions()
         )
@@ -326,7 +324,7 @@ def check_lengths(
     room = limit - preset.layout().total - 1000
     tasks = sorted(run_tasks(preset))
     for record in records:
-        subtitle = record.subtitle(preset.prompt.subtitle_language) or ""
+        subtitle = record.subtitle(preset.prompt.language(record.corpus)) or ""
         longest = max((len(d.text.encode()) for d in record.descriptions), default=0)
         if len(subtitle.encode()) + longest <= room:
             continue

@@ -174,6 +174,14 @@ class Mixture:
                 pool = tuple(r for r in own if self._answerable(r, asked))
                 if not pool:
                     where = f" of corpus '{corpus}'" if corpus else ""
+                    if any(TASK_TABLE[task].answerable(r) for task in tasks_of(asked) for r in own):
+                        hides = TASK_TABLE[tasks_of(asked)[0]].hides
+                        shown = " and ".join(s for s in STREAMS if s not in hides)
+                        raise ManifestError(
+                            f"task '{asked}' is shown {shown} alone, and the model reads such tokens of "
+                            f"none of the {len(own)} records{where}. Set the task's share to 0, or give "
+                            "the model that input."
+                        )
                     raise ManifestError(
                         f"task '{asked}' needs records with {_needs(asked)}, and none of the "
                         f"{len(own)}{where} has that. Index with a table that holds them, or "

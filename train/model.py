@@ -45,16 +45,20 @@ class EmotionLlama(nn.Module):
         """
         super().__init__()
         self.layout = preset.layout()
-        view_widths: dict[str, int] = {s: shape[1] for s, shape in preset.view_shapes().items()}
+        view_widths: dict[str, int] = {name: s[1] for name, s in preset.view_shapes().items()}
+        image = preset.tokens.image
+        cls_width = {} if image is None else {"cls": image.encoder.width}
         llm_width = llm.get_input_embeddings().embedding_dim
         self.fusion = make_fusion(
             preset.model.fusion,
-            view_widths["audio"],
-            preset.tokens.image.encoder.width,
-            view_widths["video"],
+            view_widths.get("audio"),
+            cls_width.get("cls"),
+            view_widths.get("video"),
         )
-        fusion_width = {} if self.fusion is None else {"fusion": preset.model.fusion.out_width}
-        self.adapters = ModalAdapters({**fusion_width, **view_widths}, llm_width)
+        widths = {"fusion": preset.model.fusion.out_width, **view_widths, **cls_width}
+        self.adapters = ModalAdapters(
+            {name: width for name, width in widths.items() if name in self.layout.names}, llm_width
+        )
         self.llm = with_lora(llm, preset.model.lora)
         dtype = getattr(torch, preset.model.llm.dtype)
         self._half: torch.dtype | None = None if dtype == torch.float32 else dtype
@@ -93,14 +97,16 @@ class EmotionLlama(nn.Module):
     def prefix(self, tokens: dict[str, Tensor], masks: dict[str, Tensor]) -> Tensor:
         """Return the prefix embeddings (C, P, H), masked tokens included."""
         blocks = dict(tokens)
+        if "image_cls" in tokens:
+            blocks["cls"] = tokens["image_cls"].unsqueeze(1)
         if self.fusion is not None:
             blocks["fusion"], _ = self.fusion(
-                tokens["audio"],
-                tokens["image_cls"],
-                tokens["video"],
-                masks["audio"],
-                masks["image"].any(dim=1),
-                masks["video"],
+                tokens.get("audio"),
+                tokens.get("image_cls"),
+                tokens.get("video"),
+                masks.get("audio"),
+                masks["image"].any(dim=1) if "image" in masks else None,
+                masks.get("video"),
             )
         embeddings = [self.adapters(name, blocks[name]) for name in self.layout.names]
         return torch.cat(embeddings, dim=1)

@@ -138,21 +138,25 @@ class Grouper:
         if not self._preset.data.mask_missing:
             return self._layout.total
         n_valid = self._reader.n_valid(record)
-        n = {name: 0 if name in hidden else count for name, count in n_valid.items()}
-        n_fusion = sum(count for name, count in self._layout.blocks if name == "fusion")
-        if n_fusion and not n["image"] and not n["video"]:
+        gone = self._preset.hidden_inputs(hidden)
+        n: dict[str, int] = {name: 0 if name in gone else n for name, n in n_valid.items()}
+        n["cls"] = int("image" in n and "image" not in gone and self._reader.has(record, "image"))
+        n["fusion"] = dict(self._layout.blocks).get("fusion", 0)
+        if n["fusion"] and not n["cls"] and not n.get("video"):
             # Only then may fusion tokens be masked, where short audio ends.
-            n_fusion = fused_audio_only(self._preset, n["audio"])
-        return n_fusion + sum(n.values())
+            n["fusion"] = fused_audio_only(self._preset, n.get("audio", 0))
+        return sum(n[name] for name in self._layout.names)
 
 
 def fused_audio_only(preset: Preset, n_audio: int) -> int:
     """Return the valid fusion tokens of a clip with `n_audio` valid audio tokens and nothing else."""
-    audio = torch.arange(preset.views.audio.n_tokens).unsqueeze(0) < n_audio
-    n_video = preset.views.video.n_frames * preset.views.video.grid**2
-    video = torch.zeros(1, n_video, dtype=torch.bool)
-    none = torch.zeros(1, dtype=torch.bool)
-    return int(fused_mask(preset.model.fusion, audio, none, video).sum())
+    shapes = preset.view_shapes()
+    masks = {name: torch.arange(n).unsqueeze(0) < 0 for name, (n, _) in shapes.items()}
+    if "audio" in masks:
+        masks["audio"] = torch.arange(shapes["audio"][0]).unsqueeze(0) < n_audio
+    context = torch.zeros(1, dtype=torch.bool) if "image" in masks else None
+    found = fused_mask(preset.model.fusion, masks.get("audio"), context, masks.get("video"))
+    return int(found.sum())
 
 
 class Planner:

@@ -6,6 +6,11 @@ around the splice point and the prefix tokens are embeddings that never become t
     <s> [INST] <Vid> {fusion, image, video, audio} </Vid> {subtitle clause}[{task}] {instruction}
     [/INST] {answer} </s>
 
+The predecessor (`v1`) has two splice points, each with tags of its own:
+
+    <s> [INST] <video> {image} </video> <feature> {local, video, audio, cls} </feature>
+    {subtitle clause}[{task}] {instruction} [/INST] {answer} </s>
+
 Another model's own chat template takes the place of `[INST]` and `[/INST]`, see `turns_of`. Our
 tags are ordinary text; nothing is added to a vocabulary. Subtitles, names of persons and
 descriptions are foreign text: control tags are taken out of them before they enter a prompt, and
@@ -22,14 +27,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, get_args
 
 from cache.errors import SchemaError, near_miss
-from train.instructions import LABELS_SLOT, PIPED, STRUCTURE
+from train.instructions import LABELS_SLOT, PIPED, STRUCTURE, V1_STRUCTURE
 from train.tasks import SEVERAL_LABELS, TAGS, TASK_TABLE, Task, check_task, unknown
 from train.turns import LLAMA_2, TextTokenizer, Turns, encode, turns_of
 
-PromptStyle = Literal["code", "paper"]
+PromptStyle = Literal["code", "paper", "v1"]
 AnswerNorm = Literal["keep", "blip"]
 RENDERER_VERSION = 2
 """Raised whenever an equal record, instruction and order of options give another text."""
@@ -37,14 +43,34 @@ SEPARATOR = ", "
 """Between options, and between the labels of an answer."""
 HEAD = "[INST] <Vid>"
 """The head with LLaMA-2's turns."""
+FINE = "fine"
+"""Version of the descriptions that a language model refined, as MERR-Fine has them."""
+FINE_TAG = "reason_v2"
+"""By which the predecessor's second stage asks for them."""
+# What stands around and between the splice points of a style.
+_SPLICES: dict[PromptStyle, tuple[str, ...]] = {
+    "code": ("<Vid>", "</Vid> "),
+    "paper": ("<Vid>", "</Vid> "),
+    "v1": ("<video>", "</video> <feature>", "</feature> "),
+}
 # The wording of the released code, and of section 4.1 of the paper.
 _SUBTITLE_SUBJECT: dict[PromptStyle, str] = {
     "code": "The person in video says",
     "paper": "The person in the video says",
+    "v1": "The person in video says",
 }
-_CONTROL_TAG = re.compile(
-    rf"[<\[]/?(?:{STRUCTURE}|think|answer|video|{'|'.join(TAGS)})[>\]]|{PIPED}", re.IGNORECASE
-)
+_NAMES = rf"{STRUCTURE}|think|answer|video|{'|'.join(TAGS)}"
+
+
+def _tags(names: str) -> re.Pattern[str]:
+    return re.compile(rf"[<\[]/?(?:{names})[>\]]|{PIPED}", re.IGNORECASE)
+
+
+_CONTROL_TAG: dict[PromptStyle, re.Pattern[str]] = {
+    "code": _tags(_NAMES),
+    "paper": _tags(_NAMES),
+    "v1": _tags(rf"{_NAMES}|{V1_STRUCTURE}|{FINE_TAG}"),
+}
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _THINK_ANSWER = re.compile(r"(<think>)(.*)(</think><answer>.*</answer>)", re.DOTALL)
 _BLIP_BLANKS = str.maketrans(dict.fromkeys('.!"()*#:;~', " "))
@@ -64,9 +90,18 @@ class PrefixLayout:
     """
 
     blocks: tuple[tuple[str, int], ...]
+    starts: tuple[int, ...] = (0,)
+    """Number of the block with which each splice point's group begins, ascending from 0."""
 
     def __post_init__(self) -> None:
-        """Refuse repeated names and empty blocks."""
+        """Refuse repeated names, empty blocks and groups that do not tile them."""
+        if self.starts[:1] != (0,) or [*self.starts, len(self.blocks)] != sorted(
+            (*self.starts, len(self.blocks))
+        ):
+            raise SchemaError(
+                f"groups of {len(self.blocks)} prefix blocks must begin with block 0 and ascend, got "
+                f"{list(self.starts)}."
+            )
         for i, (name, n_tokens) in enumerate(self.blocks):
             if name in self.names[:i]:
                 raise SchemaError(f"prefix block '{name}' occurs twice in {list(self.names)}.")
@@ -75,6 +110,28 @@ class PrefixLayout:
                     f"prefix block '{name}' has {n_tokens} tokens; at least 1 is needed, "
                     "leave the block out to switch it off."
                 )
+
+    @classmethod
+    def of_groups(cls, groups: Sequence[tuple[tuple[str, int], ...]]) -> PrefixLayout:
+        """Return the layout of groups of blocks, one per splice point; a group may be empty."""
+        starts: list[int] = []
+        blocks: list[tuple[str, int]] = []
+        for group in groups:
+            starts.append(len(blocks))
+            blocks += group
+        return cls(tuple(blocks), tuple(starts))
+
+    @property
+    def groups(self) -> tuple[builtins.slice, ...]:
+        """Positions within the prefix of each splice point's tokens."""
+        ends = list(accumulate(sum(n for _, n in part) for part in self.parts))
+        return tuple(map(builtins.slice, (0, *ends[:-1]), ends))
+
+    @property
+    def parts(self) -> tuple[tuple[tuple[str, int], ...], ...]:
+        """The blocks of each splice point."""
+        ends = (*self.starts[1:], len(self.blocks))
+        return tuple(self.blocks[start:end] for start, end in zip(self.starts, ends, strict=True))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -103,16 +160,31 @@ class RenderedPrompt:
     """The text around the prefix tokens."""
 
     head: str
-    """From the begin of the sequence to the splice point."""
+    """From the begin of the sequence to the first splice point."""
 
     tail: str
-    """From the splice point to the end of the instruction."""
+    """From the last splice point to the end of the instruction."""
 
     answer: str | None
     """What the model should reply, without its end; None at inference."""
 
+    between: tuple[str, ...] = ()
+    """From each splice point to the next one; empty with a single one."""
+
     free_text: bool = False
     """True if the whole answer is a description, of which a long one may lose its last words."""
+
+    def shown(self, layout: PrefixLayout, phrase: str = "{}") -> str:
+        """Return the prompt for people, with what each splice point takes in braces: `{64 fusion, ...}`.
+
+        Args:
+            layout: Of the prefix.
+            phrase: What is said of the blocks.
+        """
+        taken = [", ".join(f"{n} {name}" for name, n in part) or "no" for part in layout.parts]
+        texts = (*self.between, self.tail)
+        placed = [f"{{{phrase.format(p)}}} {text}" for p, text in zip(taken, texts, strict=True)]
+        return " ".join((self.head, *placed))
 
 
 @dataclass(frozen=True)
@@ -128,16 +200,24 @@ class PromptTokens:
     answer_ids: tuple[int, ...]
     """The answer and its end; empty at inference."""
 
+    between_ids: tuple[tuple[int, ...], ...] = ()
+    """What stands between the groups of the prefix, one less than there are groups. The same for every
+    question of a run, as the head is."""
 
-def neutralise(text: str) -> str:
+
+def neutralise(text: str, prompt_style: PromptStyle = "code") -> str:
     """Take the power out of foreign text: no control tags, no control characters, one line.
 
     Each of `[INST]`, `<Vid>`, `<think>`, `<answer>`, `[emotion]` and the other tasks, `<s>`,
     `<bos>`, `<start_of_turn>`, `<|...|>` and the like, and their closing forms, in any case, gives
     way to a blank. As no tag holds a blank, what is left cannot join up to a new one:
     `[IN[INST]ST]` becomes `[IN ST]`. Special tokens of a rare tokenizer are `tokenize`'s to refuse.
+
+    Args:
+        text: Subtitle, description, name.
+        prompt_style: `v1` has tags of its own, such as `<feature>`.
     """
-    return " ".join(_CONTROL_TAG.sub(" ", _CONTROL_CHARACTER.sub(" ", text)).split())
+    return " ".join(_CONTROL_TAG[prompt_style].sub(" ", _CONTROL_CHARACTER.sub(" ", text)).split())
 
 
 def subtitle_clause(
@@ -151,13 +231,13 @@ def subtitle_clause(
 
     Args:
         text: The subtitle; control tags are taken out.
-        prompt_style: `code` says "in video" as the released code, `paper` "in the video".
+        prompt_style: `code` and `v1` say "in video" as the released code, `paper` "in the video".
         person: Who says it, in place of "the person in video", for example "The woman with the red
             scarf"; control tags are taken out.
     """
     if prompt_style not in _SUBTITLE_SUBJECT:
         raise unknown("prompt_style", prompt_style, _SUBTITLE_SUBJECT)
-    clean, who = neutralise(text or ""), neutralise(person or "")
+    clean, who = (neutralise(given or "", prompt_style) for given in (text, person))
     subject = f"{who[0].upper()}{who[1:]} says" if who else _SUBTITLE_SUBJECT[prompt_style]
     return f"{subject}: {clean}. " if clean else ""
 
@@ -174,6 +254,7 @@ def render(
     with_answer: bool | None = None,
     prompt_style: PromptStyle = "code",
     answer_norm: AnswerNorm = "keep",
+    fine: bool = False,
     turns: Turns | None = None,
 ) -> RenderedPrompt:
     """Render one sample.
@@ -191,9 +272,10 @@ def render(
         description: The text to supervise: the reasoning, or what is heard or seen.
         with_answer: True demands all that the answer is made of, False leaves the answer out; None
             leaves it out if there is no label, or no description where the task names no label.
-        prompt_style: Wording of the subtitle clause.
+        prompt_style: Tags, and wording of the subtitle clause.
         answer_norm: `keep`, or `blip` for the released code's: lower case, no punctuation, at most
             200 words of description.
+        fine: Ask for a refined description, which `reason` in the style `v1` calls `[reason_v2]`.
         turns: Of the language model; None means LLaMA-2's.
 
     Raises:
@@ -204,17 +286,23 @@ def render(
     if answer_norm not in get_args(AnswerNorm):
         raise unknown("answer_norm", answer_norm, get_args(AnswerNorm))
     row = TASK_TABLE[checked]
-    options = _options(checked, instruction, labels)
+    options = _options(checked, instruction, labels, prompt_style)
     names = (label,) if isinstance(label, str) else tuple(label or ())
     if with_answer is None:
         with_answer = bool(names) if row.label is not None else description is not None
     before, after = LLAMA_2 if turns is None else (turns.before, turns.after)
     clause = subtitle_clause(subtitle, prompt_style, person)
     asked = instruction.replace(LABELS_SLOT, SEPARATOR.join(options))
+    opening, *between, closing = _SPLICES[prompt_style]
+    tag = FINE_TAG if fine and prompt_style == "v1" and task == "reason" else row.tag
+    answer = None
+    if with_answer:
+        answer = _answer(checked, names, description, options, answer_norm, prompt_style)
     return RenderedPrompt(
-        head=f"{before}<Vid>",
-        tail=f"</Vid> {clause}[{row.tag}] {asked}{after}",
-        answer=_answer(checked, names, description, options, answer_norm) if with_answer else None,
+        head=f"{before}{opening}",
+        tail=f"{closing}{clause}[{tag}] {asked}{after}",
+        answer=answer,
+        between=tuple(between),
         free_text=row.label is None,
     )
 
@@ -225,8 +313,9 @@ def tokenize(
     *,
     max_answer_tokens: int,
     turns: Turns | None = None,
+    n_bos: int = 1,
 ) -> PromptTokens:
-    """Turn a rendered prompt into ids: one BOS or none, special tokens from the template alone.
+    """Turn a rendered prompt into ids: BOS where there is one, special tokens from the template alone.
 
     An answer that is too long loses the last words of its description; the closing tags, the label
     and the end always stay.
@@ -236,6 +325,7 @@ def tokenize(
         tokenizer: The language model's.
         max_answer_tokens: Upper bound on the answer ids, the end included.
         turns: Those that the prompt was rendered with; None means LLaMA-2's.
+        n_bos: How often BOS stands in front, if the model has it; the released code asks behind two.
 
     Raises:
         SchemaError: The tokenizer lacks EOS, a special token hides in foreign text, the prompt has
@@ -267,12 +357,17 @@ def tokenize(
     if prompt.answer is not None:
         limit = max_answer_tokens - len(turns.end_ids)
         answer_ids = (*_fit(prompt, prompt.answer, ids, limit), *turns.end_ids)
-    bos = () if turns.bos_id is None else (turns.bos_id,)
+    bos = () if turns.bos_id is None else (turns.bos_id,) * n_bos
     head_ids = ids(prompt.head, turns.before)
-    return PromptTokens((*bos, *head_ids), ids(prompt.tail, turns.after), answer_ids)
+    return PromptTokens(
+        (*bos, *head_ids),
+        ids(prompt.tail, turns.after),
+        answer_ids,
+        tuple(map(ids, prompt.between)),
+    )
 
 
-def _options(task: Task, instruction: str, labels: Sequence[str]) -> list[str]:
+def _options(task: Task, instruction: str, labels: Sequence[str], style: PromptStyle) -> list[str]:
     """Return the options in lower case, after checking that the instruction and they fit the task."""
     row, n_slots = TASK_TABLE[task], instruction.count(LABELS_SLOT)
     is_open = task == "open-vocabulary"
@@ -286,7 +381,7 @@ def _options(task: Task, instruction: str, labels: Sequence[str]) -> list[str]:
     if n_slots != 1:
         raise SchemaError(f"the instruction needs one {LABELS_SLOT} slot, got {instruction!r}.")
     options = [option.lower() for option in labels]
-    if not options or any(not option or neutralise(option) != option for option in options):
+    if not options or any(not option or neutralise(option, style) != option for option in options):
         raise SchemaError(f"labels must be plain words, at least one; got {list(labels)}.")
     if row.label in SEVERAL_LABELS:
         _refuse_separators(task, options)
@@ -303,7 +398,7 @@ def _refuse_separators(task: Task, labels: Sequence[str]) -> None:
             )
 
 
-def _names(task: Task, given: Sequence[str], options: Sequence[str]) -> str:
+def _names(task: Task, given: Sequence[str], options: Sequence[str], style: PromptStyle) -> str:
     """Return the labels of an answer as text; the options are in lower case."""
     row = TASK_TABLE[task]
     names = [name.lower() for name in given]
@@ -319,7 +414,7 @@ def _names(task: Task, given: Sequence[str], options: Sequence[str]) -> str:
             "'multi-label', 'think-multi-label' and 'open-vocabulary'."
         )
     if task == "open-vocabulary":
-        names = [neutralise(name) for name in names]
+        names = [neutralise(name, style) for name in names]
         if not all(names):
             raise SchemaError(f"labels must be plain words; got {list(given)}.")
         _refuse_separators(task, names)
@@ -339,13 +434,14 @@ def _answer(
     description: str | None,
     options: Sequence[str],
     norm: AnswerNorm,
+    style: PromptStyle,
 ) -> str:
     """Return the text to supervise; the options are in lower case."""
     row = TASK_TABLE[task]
-    names = "" if row.label is None else _names(task, labels, options)
+    names = "" if row.label is None else _names(task, labels, options, style)
     if row.description is None:
         return names
-    text = neutralise(description or "")
+    text = neutralise(description or "", style)
     if norm == "blip":
         text = _blip(text)
     if not text.strip():

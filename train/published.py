@@ -12,30 +12,25 @@ facts, sections 3, 5 and 9). What `translate` makes of their keys:
     conv_pro_module.conv_module.conv_blocks.K...        fusion.conv_blocks.K.conv
     conv_pro_module.fc_final                            fusion.merge
     llama_proj, llama_proj_{video,audio,fusion}         adapters.maps.{image,video,audio,fusion}
+    feats_llama_proj{1,2,3}, cls_tk_llama_proj          adapters.maps.{local,video,audio}, .cls
     llama_model.base_model...lora_A[.default].weight    base_model...lora_A.weight (peft's own)
-
-A file never brings code along: it is read with `weights_only`, and what needs more is refused.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
-import struct
-import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cache.errors import CheckpointError
 from train.config import Preset
+from train.published_file import read_file
 
 Kind = Literal["emotion-llama-v2", "emotion-llama", "minigpt-v2"]
 
@@ -56,6 +51,13 @@ _RENAMED = (
     (r"llama_proj_(video|audio|fusion)", r"adapters.maps.\1"),
 )
 _LINEAR = [(re.compile(rf"{theirs}\.(weight|bias)"), ours) for theirs, ours in _RENAMED]
+# Of one vector each, in the order in which the predecessor stacks them.
+_VECTORS = {
+    "feats_llama_proj1": "local",
+    "feats_llama_proj2": "video",
+    "feats_llama_proj3": "audio",
+    "cls_tk_llama_proj": "cls",
+}
 # peft 0.2 leaves the adapter's name out; newer versions put it in front of `weight`.
 _LORA = re.compile(r"llama_model\.(base_model\..+\.lora_[AB])(?:\.default)?\.weight")
 
@@ -64,23 +66,11 @@ _UNUSED = (
     (_ENCODER, "an encoder's weights: tokens come from the store"),
     (("feats_llama_proj",), "no counterpart: Emotion-LLaMA's streams of one 1024-wide vector each"),
     (("cls_tk_llama_proj",), "no counterpart: here the CLS token enters the fusion"),
+    (("attention.",), "a classifier of Emotion-LLaMA that no loss ever reached"),
     (("llama_model.",), "the language model comes from model.llm.path; of it only LoRA is read"),
     (("",), "no counterpart in Emotion-LLaMAv2"),
 )
 """Prefixes of keys that have no place here, and why; the first that fits."""
-
-# What torch.load raises for damaged bytes, found by damaging files at random.
-_DAMAGE = (
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    AssertionError,
-    struct.error,
-    OSError,
-)
 
 
 @dataclass(frozen=True)
@@ -127,18 +117,6 @@ class ImportReport:
         return [*lines, *(f"note: {note}" for note in self.notes)]
 
 
-def read_published(path: Path) -> dict[str, Tensor]:
-    """Read a published checkpoint's tensors onto the CPU, mapped from the file where it allows.
-
-    Args:
-        path: A torch file, with the tensors under `model` or bare, or a safetensors file.
-
-    Raises:
-        CheckpointError: Missing, damaged, not a checkpoint, or it needs code to be read.
-    """
-    return _read(path)[0]
-
-
 def recognise(state: Mapping[str, Tensor]) -> Kind:
     """Tell by its keys which model a checkpoint belongs to.
 
@@ -160,9 +138,14 @@ def recognise(state: Mapping[str, Tensor]) -> Kind:
 
 
 def translate(
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Tensor], vectors: Collection[str] = ()
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
     """Bring a checkpoint's tensors under our names.
+
+    Args:
+        state: The checkpoint.
+        vectors: Blocks of one token in the model that they are for, see `vector_blocks`: Emotion-LLaMA's
+            adapters of its own streams fit those alone.
 
     Returns:
         `fusion.*` and `adapters.*` float32, LoRA float32 under the keys that peft saves, and the
@@ -171,7 +154,7 @@ def translate(
     Raises:
         CheckpointError: Two keys mean the same parameter.
     """
-    ours = {key: name for key in state if (name := _our_name(key))}
+    ours = {key: name for key in state if (name := _our_name(key, vectors))}
     twice = [name for name, n in Counter(ours.values()).items() if n > 1]
     if twice:
         keys = [key for key, name in ours.items() if name == twice[0]]
@@ -185,6 +168,11 @@ def translate(
     return parts, lora, [key for key in state if key not in ours]
 
 
+def vector_blocks(preset: Preset) -> frozenset[str]:
+    """Return the blocks of a model's prefix that are one token: the mean of a stream, the CLS token."""
+    return frozenset(name for name, n_tokens in preset.layout().blocks if n_tokens == 1)
+
+
 def import_published(
     path: Path, preset: Preset, wanted: Mapping[str, Tensor], wanted_lora: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], ImportReport]:
@@ -194,7 +182,7 @@ def import_published(
     that both have must agree in every tensor.
 
     Args:
-        path: See `read_published`.
+        path: See `train.published_file.read_published`.
         preset: The configuration of the model.
         wanted: `fusion.*` and `adapters.*` of the model.
         wanted_lora: LoRA of the model, under the keys that peft saves.
@@ -203,12 +191,12 @@ def import_published(
         The complete `fusion.*` and `adapters.*`, the complete LoRA, and what was done.
 
     Raises:
-        CheckpointError: See `read_published` and `recognise`; or the file's shapes, number of
+        CheckpointError: The file cannot be read or is none that we know; or its shapes, number of
             blocks or layers, or LoRA's alpha contradict the preset; or it holds non-finite numbers.
     """
-    state, config = _read(path)
-    kind = recognise(state)
-    parts, lora, unused = translate(state)
+    state, config = read_file(path)
+    kind, vectors = recognise(state), vector_blocks(preset)
+    parts, lora, unused = translate(state, vectors)
     found, model = {**parts, **lora}, {**wanted, **wanted_lora}
     _check_fit(path, found, model, preset)
     shared = found.keys() & model.keys()
@@ -221,8 +209,8 @@ def import_published(
             f"{preset.model.lora.alpha}: the updates would have another size. "
             f"Set model.lora.alpha={alphas[0]}"
         )
-    ours = {key: name for key in state if (name := _our_name(key))}
-    why = {key: next(why for heads, why in _UNUSED if key.startswith(heads)) for key in unused}
+    ours = {key: name for key in state if (name := _our_name(key, vectors))}
+    why = {key: _no_place(key, preset) for key in unused}
     why |= {key: _unwanted(name, preset) for key, name in ours.items() if name not in shared}
     report = ImportReport(
         kind=kind,
@@ -243,69 +231,13 @@ def import_published(
     return {k: filled[k] for k in wanted}, {k: filled[k] for k in wanted_lora}, report
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], object]:
-    """Return the tensors and the configuration that lies beside them, if any."""
-    try:
-        with path.open("rb") as file:
-            magic = file.read(9)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}). Give the .pth file that was published."
-        ) from None
-    if path.suffix == ".safetensors" or magic[8:] == b"{":
-        try:
-            return load_file(path), None
-        except SafetensorError as error:
-            raise _damaged(path, error) from None
-    is_zip = magic[:2] == b"PK"
-    if not is_zip and magic[:1] != b"\x80":
-        raise CheckpointError(
-            f"{path}: not a checkpoint, it begins with {magic!r}. Give the torch file (.pth) "
-            "itself, not a web page or a pointer to it, or a safetensors file."
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd pickle protocols, when damaged
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if foreign is None:
-            raise _damaged(path, error) from None
-        raise CheckpointError(
-            f"{path}: refused, it is a pickle that needs {foreign[1]}; only tensors and plain "
-            "values are read, and no code was run. Save the state dict alone: "
-            "torch.save({'model': state_dict}, FILE)"
-        ) from None
-    except _DAMAGE as error:
-        raise _damaged(path, error) from None
-    state = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not state:
-        raise CheckpointError(f"{path}: {_NO_STATE}, but {type(state).__name__}. {_GIVE_STATE}")
-    odd = [str(k) for k, v in state.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
-    if odd:
-        raise CheckpointError(
-            f"{path}: {_NO_STATE}: {len(odd)} of {len(state)} entries are no tensors, first: "
-            f"{', '.join(odd[:5])}. {_GIVE_STATE}"
-        )
-    return dict(state), content.get("config") if state is not content else None
-
-
-_NO_STATE = "holds no state dict"
-_GIVE_STATE = "A checkpoint is {'model': {key: tensor}}, or the inner mapping alone."
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return CheckpointError(
-        f"{path}: damaged or not a checkpoint ({first[:200]}). Download it again and compare its "
-        "size with the published one."
-    )
-
-
-def _our_name(key: str) -> str | None:
+def _our_name(key: str, vectors: Collection[str]) -> str | None:
     """Return our name of an upstream key; None if it has none."""
     if lora := _LORA.fullmatch(key):
         return f"{lora[1]}.weight"
+    head, _, last = key.partition(".")
+    if _VECTORS.get(head) in vectors and last in ("weight", "bias"):
+        return f"adapters.maps.{_VECTORS[head]}.{last}"
     for pattern, ours in _LINEAR:
         if match := pattern.fullmatch(key):
             return f"{match.expand(ours)}.{match[match.re.groups]}"
@@ -386,7 +318,7 @@ def _advice(
     about_fusion: bool,
 ) -> list[str]:
     """Return what would make a file fit, where its shapes tell."""
-    fusion, join_of = preset.model.fusion, preset.tokens.image.encoder.width
+    fusion, image, image_view = preset.model.fusion, preset.tokens.image, preset.views.image
     implied: dict[str, tuple[object, object]] = {}
     if about_fusion:
         blocks = {name.split(".")[2] for name in found if name.startswith("fusion.conv_blocks.")}
@@ -403,13 +335,14 @@ def _advice(
     lora = {name: tensor for name, tensor in found.items() if name.startswith("base_model.")}
     implied["model.lora.r"] = (_lora_rank(lora), preset.model.lora.r)
     others = []
-    for stream in ("audio", "video", "image"):
+    for stream in ("audio", "video", "image", "local", "cls"):
         key = f"adapters.maps.{stream}.weight"
         theirs, ours = _size(found, key, 1), _size(model, key, 1)
-        if None in (theirs, ours) or theirs == ours:
+        if theirs is None or ours is None or theirs == ours:
             continue
-        if stream == "image" and theirs and theirs % join_of == 0:
-            implied["views.image.join"] = (theirs // join_of, preset.views.image.join)
+        joined = stream == "image" and image is not None and theirs % image.encoder.width == 0
+        if joined and image is not None and image_view is not None:
+            implied["views.image.join"] = (theirs // image.encoder.width, image_view.join)
         else:
             others.append(
                 f"It wants {stream} tokens of {theirs} channels, the preset's have {ours}: take a "
@@ -455,10 +388,21 @@ def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def _no_place(key: str, preset: Preset) -> str:
+    """Tell why an upstream key has no name of ours."""
+    if key.startswith("cls_tk_llama_proj") and preset.model.fusion.kind == "none":
+        return "no counterpart: this model's prefix has no CLS token"
+    reason = next(why for heads, why in _UNUSED if key.startswith(heads))
+    return reason.replace("LLaMAv2", "LLaMA") if preset.prompt.style == "v1" else reason
+
+
 def _unwanted(name: str, preset: Preset) -> str:
     """Tell why a tensor with a name of ours has no place in this model."""
     if name.startswith("base_model."):
         return f"model.lora.targets has no {_target(name)}"
+    block = name.split(".")[2] if name.startswith("adapters.maps.") else "fusion"
+    if block != "fusion":
+        return f"this model's prefix has no {block}"
     if name.startswith("fusion.conv_blocks.") and preset.model.fusion.n_blocks == 0:
         return "model.fusion.n_blocks=0"
     return f"model.fusion.kind={preset.model.fusion.kind} has no such part"

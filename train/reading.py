@@ -12,20 +12,21 @@ from torch import Tensor
 from cache.clip import Record
 from cache.commit import Entry, Status
 from cache.errors import CacheMissError, CorruptTokensError
-from cache.reader import TokenReader
+from cache.reader import StreamBatch, TokenReader
 from cache.spec import STREAMS, Stream, TokenSpec
 from cache.store import TokenStore
-from train.config import DataConfig, Preset, Tokens
+from train.config import STREAM_OF, DataConfig, Input, Preset, Tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Views:
-    """The views of C clips."""
+    """The views of C clips: those of the inputs that the model has."""
 
     tokens: dict[str, Tensor]
-    """`audio`, `video`, `image`: (C, T, D) float32; `image_cls`: (C, D). Zeros where masked."""
+    """`audio`, `video`, `image`, `local`: (C, T, D) float32; `image_cls`: (C, D). Zeros where masked."""
     masks: dict[str, Tensor]
-    """`audio`, `video`, `image`: (C, T) bool, True where valid."""
+    """`audio`, `video`, `image`, `local`: (C, T) bool, True where valid. Of an image whose CLS token
+    alone is stored, so that T is 0: (C, 1)."""
 
     @property
     def n_bytes(self) -> int:
@@ -49,20 +50,21 @@ class ViewReader:
             CacheMissError: A stream was never extracted.
         """
         self.store = store
-        self.specs: dict[Stream, TokenSpec] = {
-            spec.stream: store.resolve(spec) for spec in preset.tokens.all()
-        }
-        self._sources = {spec.stream: store.sources(spec) for spec in preset.tokens.all()}
-        self._n_tokens = {stream: shape[0] for stream, shape in preset.view_shapes().items()}
+        self._preset = preset
+        wanted = preset.tokens.by_input()
+        self.specs: dict[Input, TokenSpec] = {n: store.resolve(s) for n, s in wanted.items()}
+        """Input -> the stored spec."""
+        self._sources = {name: store.sources(spec) for name, spec in wanted.items()}
+        self._n_tokens = {name: shape[0] for name, shape in preset.view_shapes().items()}
         self._readers = {
-            source.spec_id: TokenReader(
+            (name, source.spec_id): TokenReader(
                 store,
-                {stream: source},
-                {stream: getattr(preset.views, stream)},
+                {source.stream: source},
+                {source.stream: getattr(preset.views, name)},
                 missing="mask",
                 pin_memory=pin_memory,
             )
-            for stream, sources in self._sources.items()
+            for name, sources in self._sources.items()
             for source in sources
         }
         self._memory_left = preset.data.memory_bytes
@@ -71,34 +73,44 @@ class ViewReader:
     @property
     def resolved(self) -> Tokens:
         """The stored specs."""
-        return Tokens(**{stream: spec for stream, spec in self.specs.items()})
+        return Tokens(**{name: spec for name, spec in self.specs.items()})
 
-    def statuses(self, record: Record) -> dict[Stream, Status]:
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """The streams that the model reads anything of."""
+        return tuple(s for s in STREAMS if any(STREAM_OF[name] == s for name in self.specs))
+
+    def statuses(self, record: Record) -> dict[Input, Status]:
         """Return what the store knows of a record; raises CacheMissError if anything is missing."""
-        return {stream: self._find(stream, record)[1].status for stream in self.specs}
+        return {name: self._find(name, record)[1].status for name in self.specs}
+
+    def has(self, record: Record, name: Input) -> bool:
+        """Return whether a record has tokens of an input."""
+        return self._find(name, record)[1].status is Status.OK
 
     def streams_of(self, record: Record) -> tuple[Stream, ...]:
-        """Return the streams of which a record has tokens."""
-        return tuple(s for s, status in self.statuses(record).items() if status is Status.OK)
+        """Return the streams of which a record has tokens of some input."""
+        there = {STREAM_OF[n] for n, status in self.statuses(record).items() if status is Status.OK}
+        return tuple(stream for stream in STREAMS if stream in there)
 
-    def n_valid(self, record: Record) -> dict[Stream, int]:
+    def n_valid(self, record: Record) -> dict[Input, int]:
         """Return how many tokens of each view are valid, without reading them."""
-        found = {}
-        for stream in self.specs:
-            _, entry = self._find(stream, record)
-            n = self._n_tokens[stream] if entry.status is Status.OK else 0
-            found[stream] = min(n, entry.valid_len) if stream == "audio" else n
+        found: dict[Input, int] = {}
+        for name in self.specs:
+            _, entry = self._find(name, record)
+            n = self._n_tokens[name] if entry.status is Status.OK else 0
+            found[name] = min(n, entry.valid_len) if name == "audio" else n
         return found
 
-    def _find(self, stream: Stream, record: Record) -> tuple[TokenSpec, Entry]:
+    def _find(self, name: Input, record: Record) -> tuple[TokenSpec, Entry]:
         """Return the stored spec that has a record's clip, and the entry.
 
         Raises:
             CacheMissError: None has.
         """
-        spec = self.specs[stream]
+        spec = self.specs[name]
         key = record.token_key(spec)
-        found = self.store.find(self._sources[stream], key)
+        found = self.store.find(self._sources[name], key)
         return found if found is not None else (spec, self.store.entry(spec, key, record.uid))
 
     def read(
@@ -108,7 +120,8 @@ class ViewReader:
 
         Args:
             records: C records.
-            hidden: Streams to mask, for each of them.
+            hidden: Streams to mask, for each of them; those that the model does not read have no
+                effect.
 
         Raises:
             CacheMissError: A stream was never extracted for a clip.
@@ -122,10 +135,11 @@ class ViewReader:
             self._keep(records, found)
         if hidden is not None and any(hidden):
             for place, streams in enumerate(hidden):
-                for stream in streams:
-                    found.masks[stream][place] = False
-                    for name in (stream, "image_cls") if stream == "image" else (stream,):
-                        found.tokens[name][place] = 0
+                for name in self._preset.hidden_inputs(streams):
+                    found.masks[name][place] = False
+                    found.tokens[name][place] = 0
+                    if name == "image":
+                        found.tokens["image_cls"][place] = 0
         return found
 
     def _keep(self, records: Sequence[Record], found: Views) -> None:
@@ -144,24 +158,32 @@ class ViewReader:
     def _read(self, records: Sequence[Record]) -> Views:
         tokens: dict[str, Tensor] = {}
         masks: dict[str, Tensor] = {}
-        for stream in self.specs:
-            sources = [self._find(stream, record)[0].spec_id for record in records]
+        for name in self.specs:
+            stream = STREAM_OF[name]
+            sources = [self._find(name, record)[0].spec_id for record in records]
             parts = {}
             for source in dict.fromkeys(sources):
                 places = [i for i, s in enumerate(sources) if s == source]
                 chosen = [records[i] for i in places]
-                batch = self._readers[source].read(chosen)[stream]
+                batch = self._readers[name, source].read(chosen)[stream]
                 for numbers in (batch.tokens, batch.cls):
                     if numbers is not None:
-                        _refuse_non_finite(stream, chosen, numbers)
+                        _refuse_non_finite(name, chosen, numbers)
                 parts[source] = places, batch
-            merged = [(places, b.tokens, b.mask, b.cls) for places, b in parts.values()]
-            tokens[stream] = _merge([(p, t) for p, t, _, _ in merged])
-            masks[stream] = _merge([(p, m) for p, _, m, _ in merged])
+            merged = [(places, b.tokens, _mask(b), b.cls) for places, b in parts.values()]
+            tokens[name] = _merge([(p, t) for p, t, _, _ in merged])
+            masks[name] = _merge([(p, m) for p, _, m, _ in merged])
             cls = [(p, c) for p, _, _, c in merged if c is not None]
             if cls:
                 tokens["image_cls"] = _merge(cls)
         return Views(tokens, masks)
+
+
+def _mask(batch: StreamBatch) -> Tensor:
+    """Return which tokens are valid; of CLS tokens alone, which of them are."""
+    if batch.mask.shape[1]:
+        return batch.mask
+    return torch.tensor([[status is Status.OK] for status in batch.status])
 
 
 def _merge(parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
@@ -182,7 +204,7 @@ def _stack(views: Sequence[Views]) -> Views:
     return Views(joined([v.tokens for v in views]), joined([v.masks for v in views]))
 
 
-def _refuse_non_finite(stream: Stream, records: Sequence[Record], tokens: Tensor) -> None:
+def _refuse_non_finite(name: Input, records: Sequence[Record], tokens: Tensor) -> None:
     """Raise for tokens that would make every gradient a NaN; a sum sees them all."""
     # numpy's, because torch's would start threads that take cores from the model in training.
     with np.errstate(invalid="ignore", over="ignore"):
@@ -193,7 +215,7 @@ def _refuse_non_finite(stream: Stream, records: Sequence[Record], tokens: Tensor
         n_bad = int((~torch.isfinite(clip)).sum())
         if n_bad:
             raise CorruptTokensError(
-                f"{record.uid}: {n_bad} of {clip.numel()} numbers of its {stream} tokens are not finite "
+                f"{record.uid}: {n_bad} of {clip.numel()} numbers of its {name} tokens are not finite "
                 "(NaN or infinity). Extract this clip again: `emocache store verify` names all such."
             )
 
@@ -211,14 +233,14 @@ def usable(records: Sequence[Record], reader: ViewReader, data: DataConfig) -> l
     for record in records:
         found = reader.statuses(record)
         for status, choice in ((Status.ABSENT, data.absent), (Status.FAILED, data.failed)):
-            streams = [stream for stream in STREAMS if found[stream] is status]
-            if streams and choice == "refuse":
+            inputs = [name for name, its in found.items() if its is status]
+            if inputs and choice == "refuse":
                 raise CacheMissError(
-                    f"{record.uid}: {', '.join(streams)} is {status.value}, and data.{status.value} is "
+                    f"{record.uid}: {', '.join(inputs)} is {status.value}, and data.{status.value} is "
                     f"'refuse'. Set data.{status.value}=mask or data.{status.value}=drop, or "
                     f"{'extract again with --retry-failed' if status is Status.FAILED else 'leave it out'}."
                 )
-            if streams and choice == "drop":
+            if inputs and choice == "drop":
                 break
         else:
             if any(status is Status.OK for status in found.values()):

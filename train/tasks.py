@@ -55,11 +55,20 @@ class TaskRow:
         """True if the answer is reasoning with a label."""
         return self.label is not None and self.description is not None
 
-    def texts(self, record: Record) -> tuple[str, ...]:
-        """Return the descriptions of a record that the answer may be made of."""
+    def texts(self, record: Record, version: str | None = None) -> tuple[str, ...]:
+        """Return the descriptions of a record that the answer may be made of.
+
+        Args:
+            record: Whose.
+            version: Leaves out those of other versions.
+        """
         if self.description is None:
             return ()
-        return record.described(self.description, self.label)
+        found = record.described(self.description, self.label)
+        if version is None:
+            return found
+        of_version = {d.text for d in record.descriptions if d.version == version}
+        return tuple(text for text in found if text in of_version)
 
     def answerable(self, record: Record) -> bool:
         """Return whether a record has what the answer is made of."""

@@ -15,7 +15,11 @@ from train.tasks import unknown
 Chat = Literal["auto", "llama-2"]
 LLAMA_2 = ("[INST] ", " [/INST]")
 """What stands before and after a sample with LLaMA-2."""
-_OWN_TAGS = {f"<{slash}{name}>" for name in ("Vid", "think", "answer") for slash in ("", "/")}
+_OWN_TAGS = {
+    f"<{slash}{name}>"
+    for name in ("Vid", "think", "answer", "video", "feature")
+    for slash in ("", "/")
+}
 # What a chat template must reproduce: all that our own text is made of.
 _USER = '<Vid></Vid> It\'s "A & b". [think] {labels} <think></think><answer></answer> 7.'
 _ASSISTANT = "Emocache's answer 7."

@@ -24,7 +24,7 @@ from train.instructions import (
     option_order,
 )
 from train.mixture import Ask
-from train.prompt import SEPARATOR, RenderedPrompt, neutralise, render
+from train.prompt import FINE, SEPARATOR, RenderedPrompt, neutralise, render
 from train.tasks import SEVERAL_LABELS, TASK_TABLE, Task, TaskRow
 from train.turns import Turns
 
@@ -72,6 +72,7 @@ class Wording:
         *,
         with_answer: bool,
         vary: bool = True,
+        asking: bool = False,
         turns: Turns | None = None,
     ) -> RenderedPrompt:
         """Render one question about a record.
@@ -81,7 +82,9 @@ class Wording:
             ask: Task and pass, and the options where they are not those of the record's label space.
             with_answer: True in training and validation.
             vary: Options in another order each pass, and perhaps not all, see `PromptConfig`. False, for
-                validation and evaluation, lists all in native order.
+                validation and evaluation, and the style `v1` always, lists all in native order.
+            asking: A trained model is asked, so that the settings for that count
+                (`prompt.eval_subtitle_language`).
             turns: Of the language model; None means LLaMA-2's.
 
         Raises:
@@ -91,19 +94,34 @@ class Wording:
         config, row = self._config, TASK_TABLE[ask.task]
         place = self._seed, record.uid, ask.epoch
         template, options = self.instruction(record, ask, vary=vary)
+        chosen = row.texts(record, config.description_version)
+        texts = chosen or row.texts(record)
+        fine = config.description_version == FINE and (bool(chosen) or asking)
         return render(
             ask.task,
             template,
             options,
-            subtitle=record.subtitle(config.subtitle_language) if config.use_subtitle else None,
+            subtitle=self.quoted(record, asking=asking),
             person=record.person,
             label=self._labels(record, row, ask.options),
-            description=choose_text(row.texts(record), *place),
+            description=choose_text(texts, *place),
             with_answer=with_answer,
             prompt_style=config.style,
             answer_norm=config.answer_norm,
+            fine=fine,
             turns=turns,
         )
+
+    def quoted(self, record: Record, *, asking: bool = False) -> str | None:
+        """Return the subtitle that a prompt about a record quotes, as the record has it; None: none.
+
+        Args:
+            record: About whom.
+            asking: See `render`.
+        """
+        config = self._config
+        language = config.language(record.corpus, asking=asking)
+        return record.subtitle(language) if config.use_subtitle else None
 
     def instruction(
         self, record: Record, ask: Ask, *, vary: bool = True
@@ -115,6 +133,7 @@ class Wording:
             SchemaError: The pools have no templates for the task.
         """
         place = self._seed, record.uid, ask.epoch
+        vary = vary and self._config.style != "v1"  # its instruction has one list of labels
         options, examples = self._options(record, TASK_TABLE[ask.task], ask, vary=vary)
         return choose_instruction(ask.task, *place, self.pools, examples=examples), options
 
