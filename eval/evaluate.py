@@ -22,13 +22,14 @@ from cache.files import write_text_aside
 from cache.labels import LabelField, LabelSpace
 from cache.manifest import Manifest
 from cache.store import TokenStore
-from eval.generate import TrainedRun, generate, load_run
+from eval.generate import TrainedRun, check_masked, generate, load_run
+from eval.parse import LabelReading, parse_last_word
 from eval.predictions import Prediction, write_predictions
 from eval.report.data import ReportData, ScoreRow
 from eval.report.gather import (
     Group,
     examples_of,
-    joint_task,
+    explaining_task,
     method_of,
     notes_of,
     prompt_of,
@@ -42,7 +43,7 @@ from eval.report.history import read_history
 from eval.report.page import write_report
 from eval.results.examples import choice_of, choose_examples
 from train.reading import ViewReader, usable
-from train.tasks import TASK_TABLE, check_task
+from train.tasks import SEVERAL_LABELS, TASK_TABLE, check_task
 
 N_EXAMPLES = 24
 """Clips that a report shows one by one."""
@@ -89,7 +90,9 @@ def evaluate(
     out: Path | None = None,
     overrides: Sequence[str] = (),
     weights: Literal["final", "best"] = "final",
+    stage: str | None = None,
     likelihoods: bool = False,
+    reading: LabelReading = "label",
     n_examples: int = N_EXAMPLES,
     reasoning_tokens: int = 0,
     media: Path | None = None,
@@ -111,20 +114,26 @@ def evaluate(
         batch_size: Records per batch.
         max_new_tokens: Longest reply.
         device: Torch device.
-        out: Output folder; default `RUN/eval-SPLIT-TASK`, with `-best` behind it for those weights.
+        out: Output folder; default `RUN/eval-SPLIT-TASK`, with the stage and `-best` behind it where they
+            are asked for.
         overrides: `key=value` settings that differ from the run's, for example `data.failed=drop`.
-        weights: Those at the end of the run's last finished stage, or those of its best validation.
+        weights: Those at the end of a stage, or those of its best validation.
+        stage: Which of the run's finished stages; None takes the last.
         likelihoods: Compute the probability of every offered label beside each reply.
+        reading: How a label is read in a reply: `label` by the steps of `eval.parse`, `last-word` as
+            Emotion-LLaMA's scorer does, which is for tasks whose reply is one label.
         n_examples: Clips that a report shows one by one; 0: none.
         reasoning_tokens: Where the task asks for no reasoning, ask for it about the clips of the examples
-            too, under every condition, in replies of this length at most. They are written to
+            too, under every condition, in replies of this length at most: by the joint task of the label,
+            or by `reason` where the run's instructions have only that. They are written to
             `examples.jsonl` and enter no score. 0: do not.
         media: The media root, so that examples have pictures; None: they have none.
         about_data: What the report says of the data, a paragraph each.
         on_batch: Called with the number of replies done.
 
     Raises:
-        SchemaError: Unknown task or mask.
+        SchemaError: Unknown task or mask, a mask that hides nothing that the run reads, or a reading that
+            does not fit the task.
         ManifestError: No labelled record in the split.
         CheckpointError: Not a finished run, or `best` of a stage that never validated.
         MissingDependencyError: scikit-learn, matplotlib or jinja2 is not installed.
@@ -135,9 +144,16 @@ def evaluate(
             f"task '{task}' names no label of a list, so it has no score here. "
             f"Use one of: {', '.join(SCORED)}."
         )
+    if reading == "last-word" and (field in SEVERAL_LABELS or TASK_TABLE[check_task(task)].joint):
+        raise SchemaError(
+            f"the reading last-word is for replies that are one label, those to '{task}' are more. Use "
+            "the reading label."
+        )
     _check_libraries()
     conditions = [("all streams", ()), *((f"{name} masked", mask_streams(name)) for name in masks)]
-    trained = load_run(run, device, overrides, weights, manifest.header)
+    trained = load_run(run, device, overrides, weights, manifest.header, stage)
+    for _, streams in conditions:
+        check_masked(trained.preset, streams)
     reader = ViewReader(store, trained.preset)
     chosen = manifest.select(split)
     records = [r for r in usable(chosen, reader, trained.preset.data) if r.labels_of(field)]
@@ -169,10 +185,16 @@ def evaluate(
         name: ask(records, task, streams, max_new_tokens, likelihoods)
         for name, streams in conditions
     }
+    if reading == "last-word":
+        spaces = {uid: group.space for group in groups for uid in group.uids}
+        replies = {
+            name: [by_last_word(p, spaces[p.uid]) for p in found] for name, found in replies.items()
+        }
     n_replies = len(records) * len(conditions)
     clips_per_s = n_replies / (time.monotonic() - started)
     predictions = [p for found in replies.values() for p in found]
-    out = out or run / f"eval-{split}-{task}{'-best' if weights == 'best' else ''}"
+    behind = f"{'' if stage is None else f'-{stage}'}{'-best' if weights == 'best' else ''}"
+    out = out or run / f"eval-{split}-{task}{behind}"
     out.mkdir(parents=True, exist_ok=True)
     write_predictions(out / "predictions.jsonl", predictions)
     scored = [score_group(replies, group, field, several=len(groups) > 1) for group in groups]
@@ -189,7 +211,7 @@ def evaluate(
     written = []
     for found in scored:
         shown = choose_examples(found.first, n_examples, choice_of)
-        joint = joint_task(task) if reasoning_tokens else None
+        joint = explaining_task(task, trained) if reasoning_tokens else None
         reasons: list[Prediction] = []
         if joint is not None and shown:
             clips = [by_uid[p.uid] for p in shown]
@@ -206,7 +228,7 @@ def evaluate(
             store_path=str(store.root),
             rows=found.rows,
             about=tuple(about_data),
-            method=method_of(trained, found, max_new_tokens),
+            method=method_of(trained, found, max_new_tokens, reading),
             prompt=prompt_of(trained, by_uid[found.first[0].uid], task),
             likelihoods=found.likelihoods,
             examples=examples_of(found, shown, reasons, by_uid, media) if shown else None,
@@ -231,6 +253,12 @@ def evaluate(
         clips_per_s=clips_per_s,
         reports=tuple(page for page, _ in written),
     )
+
+
+def by_last_word(prediction: Prediction, space: LabelSpace) -> Prediction:
+    """Return a prediction with its reply read again."""
+    read = parse_last_word(prediction.reply, space.labels)
+    return prediction.model_copy(update={"label": read.label, "parse": read.how})
 
 
 def _folders(names: Sequence[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cache.clip import Record
-from cache.errors import CheckpointError
+from cache.errors import CheckpointError, SchemaError, near_miss
 from cache.labels import LabelSpace
 from cache.manifest import Header
 from cache.spec import STREAMS
@@ -52,8 +52,9 @@ def load_run(
     overrides: Sequence[str] = (),
     weights: Literal["final", "best"] = "final",
     header: Header | None = None,
+    stage: str | None = None,
 ) -> TrainedRun:
-    """Load the model of a run's last finished stage.
+    """Load the model of a run as it is behind one of its stages.
 
     Args:
         run: A folder that `train` finished.
@@ -62,29 +63,21 @@ def load_run(
         weights: Those at the end of the stage, or those of its best validation.
         header: Of the manifest that the run will be asked about, for label spaces that the run does not
             bring: of other corpora, or all of an imported checkpoint.
+        stage: Name of a finished stage; None takes the last.
 
     Raises:
         SchemaError: An unknown setting.
-        CheckpointError: Not a run, no finished stage, or a checkpoint that does not fit.
+        CheckpointError: Not a run, no finished stage, another stage than the run has finished, or a
+            checkpoint that does not fit.
     """
     preset, info = read_run(run)
     preset = configure(preset, overrides)
-    if not info.finished:
-        raise CheckpointError(
-            f"{run}: no stage is finished yet. Continue it with the same `emocache train` command."
-        )
+    folder = _folder(run, info, stage, weights)
     spaces = {**({} if header is None else header.label_spaces), **info.label_spaces}
     if not spaces:
         raise CheckpointError(
             f"{run}: an imported checkpoint without labels of its own, and the manifest has none. Index "
             "with --labels, so that there is something to name."
-        )
-    stage = run / info.finished[-1]
-    folder = stage / "final" if weights == "final" else best_folder(stage)
-    if folder is None:
-        raise CheckpointError(
-            f"{stage}: it never validated, so there is no best. Use the final weights, or train with "
-            "records in data.val_split."
         )
     model, tokenizer = build(preset)
     load_trained(model, folder)
@@ -96,6 +89,41 @@ def load_run(
         Header(media_root=".", label_spaces=spaces),
         folder,
     )
+
+
+def _folder(run: Path, info: RunInfo, stage: str | None, weights: Literal["final", "best"]) -> Path:
+    """Return the folder of the trained parts that are asked for."""
+    if not info.finished:
+        raise CheckpointError(
+            f"{run}: no stage is finished yet. Continue it with the same `emocache train` command."
+        )
+    if stage is not None and stage not in info.finished:
+        raise CheckpointError(
+            f"{run}: no stage '{stage}' is finished.{near_miss(stage, info.finished)} Finished: "
+            f"{', '.join(info.finished)}."
+        )
+    asked = run / (stage or info.finished[-1])
+    folder = asked / "final" if weights == "final" else best_folder(asked)
+    if folder is None:
+        raise CheckpointError(
+            f"{asked}: it never validated, so there is no best. Use the final weights, or train with "
+            "records in data.val_split."
+        )
+    return folder
+
+
+def check_masked(preset: Preset, masked: Collection[str]) -> None:
+    """Refuse to mask what a run does not read: its replies would be those without a mask.
+
+    Raises:
+        SchemaError: It reads none of these streams.
+    """
+    read = tuple(s for s in STREAMS if s in {spec.stream for spec in preset.tokens.all()})
+    if masked and not {*masked} & {*read}:
+        raise SchemaError(
+            f"the run reads no {' and no '.join(masked)}, so there is nothing to mask. It reads: "
+            f"{', '.join(read)}."
+        )
 
 
 @dataclass(frozen=True)
@@ -155,7 +183,7 @@ class Asker:
         """Fields of a prediction that say where it came from."""
         return {
             "run": self._trained.info.run_id,
-            "spec_ids": {str(stream): spec.spec_id for stream, spec in self.reader.specs.items()},
+            "spec_ids": {str(name): spec.spec_id for name, spec in self.reader.specs.items()},
             "pool_id": self.renderer.wording.pools.pool_id,
             "renderer_version": RENDERER_VERSION,
         }
@@ -267,13 +295,13 @@ class Asker:
 
     def facts(self, record: Record) -> ClipFacts:
         """Return what reports show of a record and slice by."""
-        config = self._trained.preset.prompt
-        quoted = record.subtitle(config.subtitle_language) if config.use_subtitle else None
+        quoted = self.renderer.wording.quoted(record, asking=True) or ""
+        style = self._trained.preset.prompt.style
         return ClipFacts(
             language=record.language,
             duration_s=None if record.clip is None else record.clip.duration_s,
-            subtitle=neutralise(quoted or "") or None,
-            absent=tuple(s for s in STREAMS if s not in self.reader.streams_of(record)),
+            subtitle=neutralise(quoted, style) or None,
+            absent=tuple(s for s in self.reader.streams if s not in self.reader.streams_of(record)),
             media=record.media,
         )
 

@@ -12,6 +12,9 @@ to search the text for the nearest label: "not happy" contains "happy".
 
 Where several labels are asked for, what step 1 leaves is taken apart at commas, semicolons and line
 ends, and steps 2 and 3 are done to each piece.
+
+Emotion-LLaMA, the predecessor, read replies in another way, and published scores rest on it:
+`parse_last_word` is there to compare with them.
 """
 
 from __future__ import annotations
@@ -23,8 +26,12 @@ from typing import Final, Literal, NamedTuple
 
 from cache.errors import SchemaError, near_miss
 
-ParseHow = Literal["tag", "exact", "alias", "off_list", "empty"]
-"""How a reply became a label, or why it did not."""
+ParseHow = Literal["tag", "exact", "alias", "other", "off_list", "empty"]
+"""How a reply became a label, or why it did not; `other` by `parse_last_word` alone."""
+LabelReading = Literal["label", "last-word"]
+"""How one label is read: by the steps above, or by `parse_last_word`."""
+OTHER_LABEL: Final = "neutral"
+"""What `parse_last_word` takes any other word for."""
 
 NO_ALIASES: Final[Mapping[str, str]] = MappingProxyType({})
 
@@ -85,6 +92,29 @@ def parse_reply(
     if text in targets:
         return ParsedReply(targets[text], "alias", text)
     return ParsedReply(None, "off_list", text)
+
+
+def parse_last_word(reply: str, labels: Sequence[str]) -> ParsedReply:
+    """Read one label from a reply as Emotion-LLaMA's scorer does (reference facts, section 9).
+
+    The last word, as blanks divide them, is the label if it is one as prompts list them, in lower case;
+    nothing is stripped and no alias known, so `happy.` is none. Whatever is no label counts as neutral,
+    an empty reply too (`how` is then `other`): a model that says nothing is right about neutral clips.
+
+    Args:
+        reply: The text that the model wrote, as it stands.
+        labels: The label space, in its own spelling. Without a neutral one, other words are off the list.
+
+    Raises:
+        SchemaError: The label space is ambiguous.
+    """
+    by_text = _index(labels)
+    word = reply.strip().split(" ")[-1]
+    if word in by_text:
+        return ParsedReply(by_text[word], "exact", word)
+    if OTHER_LABEL in by_text:
+        return ParsedReply(by_text[OTHER_LABEL], "other", word)
+    return ParsedReply(None, "off_list" if word else "empty", word)
 
 
 def parse_labels(

@@ -43,9 +43,9 @@ class ClipFacts(Model):
 class Prediction(Model):
     """One reply of one model for one clip, task and set of masked streams."""
 
-    schema_version: Literal[1, 2, 3] = 3
-    """Version of this schema; version 1 knew one label per reply, version 2 no benchmark. A reader
-    refuses any other."""
+    schema_version: Literal[1, 2, 3, 4] = 4
+    """Version of this schema; version 1 knew one label per reply, version 2 no benchmark, version 3 no
+    `other` way of reading. A reader refuses any other."""
     uid: Name
     """The record, `<corpus>/<source id>`."""
     task: Name
@@ -70,7 +70,7 @@ class Prediction(Model):
     run: Name
     """Id of the run that wrote the reply."""
     spec_ids: dict[Name, Name]
-    """Stream to the spec_id of the tokens that the model read."""
+    """Input to the spec_id of the tokens that the model read."""
     pool_id: Name | None = None
     """Which instruction templates were asked with, see docs/prompts.md; None: not known."""
     renderer_version: int | None = None

@@ -35,6 +35,7 @@ MEANINGS: dict[AnyKind, str] = {
     "crash": "the decoder process died",
     "hang": "decoding took longer than --clip-deadline",
     "memory": "decoding took more memory than --clip-memory",
+    "faces": "no table or detector says where the face is",
     "numeric": "the encoder gave NaN or infinity",
     "unexpected": "an error that nobody foresaw",
 }

@@ -38,7 +38,7 @@ def asked_of(record: Record, header: Header, preset: Preset) -> list[Asked]:
 
     Raises:
         ManifestError: The record's corpus has no label space for a task.
-        SchemaError: The instructions have no templates for a task, or the answer cannot be rendered.
+        SchemaError: Damaged instructions, or an answer that cannot be rendered.
     """
     wording = Wording(preset, header)
     found = []

@@ -25,7 +25,15 @@ from cache.errors import MediaError, SchemaError, near_miss
 from cache.labels import LabelField, LabelSpace
 from cache.manifest import Header
 from cache.spec import STREAMS
-from eval.generate import Item, TrainedRun, load_run, read_reply, scored_ask, space_of
+from eval.generate import (
+    Item,
+    TrainedRun,
+    check_masked,
+    load_run,
+    read_reply,
+    scored_ask,
+    space_of,
+)
 from eval.live import subtitles
 from eval.live.clip import DEADLINE_S, MAX_DURATION_S, ClipReader, SeenClip, hide
 from eval.live.replies import LiveReply, ReplyStream, checked_labels, settled
@@ -33,8 +41,9 @@ from eval.predictions import ClipFacts, Prediction
 from extract import tiny
 from extract.config import Precision
 from extract.encoders.bank import EncoderBank
+from extract.faces import face_source
 from train.backbone import context_length
-from train.config import tasks_asked
+from train.config import STREAM_OF, tasks_asked
 from train.data import Group, PrefixBatch, Question, Renderer, collate, prefix_masks
 from train.loading import to_device
 from train.mixture import Ask
@@ -79,7 +88,7 @@ class LiveModel:
         self._transcriber = transcriber
         self._renderer = Renderer(trained.preset, trained.tokenizer, trained.header)
         self._limit = context_length(trained.model.llm.get_base_model())
-        self._spec_ids = {str(stream): spec.spec_id for stream, spec in reader.specs.items()}
+        self._spec_ids = {str(name): spec.spec_id for name, spec in reader.specs.items()}
         self._lock = threading.Lock()
 
     @classmethod
@@ -89,6 +98,7 @@ class LiveModel:
         *,
         device: str = "cpu",
         weights: Literal["final", "best"] = "final",
+        stage: str | None = None,
         encoder_weights: Mapping[str, Path] | None = None,
         overrides: Sequence[str] = (),
         header: Header | None = None,
@@ -96,13 +106,15 @@ class LiveModel:
         transcriber: Transcriber | None = None,
         n_decoders: int = 1,
         deadline_s: float = DEADLINE_S,
+        faces: str | None = None,
     ) -> Self:
         """Load a finished run and the encoders that its tokens came from.
 
         Args:
             run: A folder that `train` finished.
             device: Torch device, of encoders and model.
-            weights: Those at the end of the run's last stage, or those of its best validation.
+            weights: Those at the end of a stage, or those of its best validation.
+            stage: Which; None takes the last.
             encoder_weights: Encoder (`eva`), stream or spec_id -> checkpoint; a preset that brings its own
                 needs none. Weights that differ from those of the run's tokens are refused.
             overrides: `key=value` settings that differ from the run's, for example `data.failed=mask`.
@@ -111,19 +123,28 @@ class LiveModel:
             transcriber: Who writes down what is said, where that is asked for.
             n_decoders: Clips that are decoded at once.
             deadline_s: Longest time for decoding one.
+            faces: Where faces are, for a run that reads them: a folder of OpenFace's tables, or
+                `module:attribute` of a detector (`extract.faces`). Without it these inputs fail.
 
         Raises:
-            SchemaError: An unknown setting, or a checkpoint for something unknown.
+            SchemaError: An unknown setting, a checkpoint for something unknown, or faces that are found by
+                another than the run's.
             CheckpointError: Not a finished run, or a checkpoint that is missing or does not fit.
         """
-        trained = load_run(run, device, overrides, weights, header)
+        trained = load_run(run, device, overrides, weights, header, stage)
         preset = trained.preset
+        kinds = {spec.encoder.kind for spec in preset.tokens.all()}
         bundled = {
-            kind: Path(tiny.__file__).parent / name for kind, name in preset.bundled_weights.items()
+            kind: Path(tiny.__file__).parent / name
+            for kind, name in preset.bundled_weights.items()
+            if kind in kinds
         }
         given = bundled | dict(encoder_weights or {})
         bank = EncoderBank(preset.tokens.all(), given, device, precision)
-        reader = ClipReader(preset, bank, n_decoders=n_decoders, deadline_s=deadline_s)
+        source = None if faces is None else face_source(preset.tokens.all(), faces)
+        reader = ClipReader(
+            preset, bank, n_decoders=n_decoders, deadline_s=deadline_s, faces=source
+        )
         return cls(trained, reader, transcriber)
 
     def close(self) -> None:
@@ -413,10 +434,12 @@ class LiveModel:
                     f"unknown stream {stream!r} to mask.{near_miss(stream, STREAMS)} Allowed: "
                     f"{', '.join(STREAMS)}"
                 )
+        check_masked(self.trained.preset, masked)
         record = self._record(seen, chosen, corpus, options is None)
         hidden = tuple(s for s in STREAMS if s in masked or s in TASK_TABLE[chosen].hides)
-        if all(s in hidden or s in seen.absent for s in STREAMS):
-            left = " and ".join(s for s in STREAMS if s not in hidden) or "nothing"
+        read = {STREAM_OF[name] for name in self._reader.specs}
+        if all(s in hidden or s in seen.absent for s in read):
+            left = " and ".join(s for s in STREAMS if s in read - {*hidden}) or "nothing"
             raise MediaError(
                 f"{record.media}: task '{chosen}' is shown {left} of a clip, and of this clip there is "
                 "none. Ask another task, or mask less."
@@ -475,8 +498,8 @@ class LiveModel:
     ) -> LiveReply:
         """Read a reply."""
         record, space = asked.record, asked.space
-        config = self.trained.preset.prompt
-        quoted = record.subtitle(config.subtitle_language) if config.use_subtitle else None
+        quoted = self._renderer.wording.quoted(record, asking=True) or ""
+        style = self.trained.preset.prompt.style
         stated_s = None if record.clip is None else record.clip.duration_s
         prediction = Prediction(
             uid=record.uid,
@@ -495,7 +518,7 @@ class LiveModel:
             about=ClipFacts(
                 language=record.language,
                 duration_s=asked.seen.duration_s if stated_s is None else stated_s,
-                subtitle=neutralise(quoted or "") or None,
+                subtitle=neutralise(quoted, style) or None,
                 absent=tuple(asked.seen.absent),
                 media=record.media,
             ),

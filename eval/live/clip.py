@@ -33,9 +33,10 @@ from cache.views import ImageView
 from extract.annotate.evidence.media import with_aspect
 from extract.decode_pool import DecodeFailure, DecodeJob, DecodePool
 from extract.encoders.bank import EncoderBank
-from extract.inputs import ClipInputs, InputRequest, request_of
+from extract.faces import FaceSource
+from extract.inputs import ClipInputs, InputRequest, StreamInput, request_of
 from extract.workers.results import encode_inputs
-from train.config import Preset
+from train.config import STREAM_OF, Input, Preset
 from train.reading import Views
 
 MAX_DURATION_S = 120.0
@@ -46,6 +47,8 @@ _LONGEST_PX = 384
 """Of a frame that is shown."""
 _LONGEST_SOUND_S = 600.0
 """Of the waveform that is kept to be shown and transcribed, whatever encoders hear."""
+_SHOWN: tuple[Input, ...] = ("video", "local", "image")
+"""Of the first of these that a run reads, the frames are shown."""
 _NOUNS: Mapping[Stream, str] = {"audio": "sound", "video": "moving picture", "image": "picture"}
 
 
@@ -69,12 +72,13 @@ class SeenClip:
     """What messages call it; second part of the record's uid."""
     path: Path
     record: Record
-    streams: Mapping[Stream, ClipTokens] = field(repr=False)
-    """What a store would keep: the status of each stream, its tokens in the stored dtype, the reason."""
+    streams: Mapping[Input, ClipTokens] = field(repr=False)
+    """What a store would keep of each of the model's inputs: status, tokens in the stored dtype, reason."""
     views: Views = field(repr=False)
     """Of one clip; what is absent or failed is masked."""
     frames: tuple[SeenFrame, ...] = field(repr=False)
-    """Those that the video encoder saw, each once, in order of time; of a still picture that one."""
+    """Those that the video encoder saw, each once, in order of time; of a still picture that one. Of a
+    run without video that of the image encoder, without pictures none."""
     waveform: npt.NDArray[np.float32] | None = field(repr=False)
     """(N,) mono at 16 kHz, at most 10 minutes; None without sound."""
     duration_s: float | None
@@ -86,8 +90,10 @@ class SeenClip:
 
     @property
     def absent(self) -> tuple[Stream, ...]:
-        """Streams without tokens."""
-        return tuple(s for s, clip in self.streams.items() if clip.status is not Status.OK)
+        """Streams that the model reads and that have no tokens."""
+        read = {STREAM_OF[name] for name in self.streams}
+        there = {STREAM_OF[n] for n, clip in self.streams.items() if clip.status is Status.OK}
+        return tuple(stream for stream in STREAMS if stream in read - there)
 
 
 class ClipReader:
@@ -100,6 +106,7 @@ class ClipReader:
         *,
         n_decoders: int = 1,
         deadline_s: float = DEADLINE_S,
+        faces: FaceSource | None = None,
     ) -> None:
         """Make a reader; no process is started yet.
 
@@ -108,13 +115,20 @@ class ClipReader:
             bank: The encoders of the preset's specs.
             n_decoders: Clips that are decoded at once.
             deadline_s: Longest time for decoding one.
+            faces: Where faces are, for specs that crop them; without it these fail.
         """
-        self._preset, self._bank = preset, bank
-        self.specs: dict[Stream, TokenSpec] = {
-            stream: spec for stream in STREAMS for spec in bank.specs if spec.stream == stream
+        self._preset, self._bank, self._faces = preset, bank, faces
+        self.specs: dict[Input, TokenSpec] = {
+            name: next(spec for spec in bank.specs if wanted.accepts(spec))
+            for name, wanted in preset.tokens.by_input().items()
         }
-        """Stream -> spec, resolved."""
-        self._pool = DecodePool(n_decoders, deadline_s=deadline_s, attempts=1)
+        """Input -> spec, resolved."""
+        self._pool = DecodePool(
+            n_decoders,
+            deadline_s=deadline_s,
+            attempts=1,
+            detector=None if faces is None else faces.detector,
+        )
         self._lock = threading.Lock()
 
     def read(
@@ -150,6 +164,7 @@ class ClipReader:
         record = Record(
             uid=f"{corpus}/{name}",
             media=media,
+            clip=Clip(sha256=digest, n_bytes=n_bytes),
             subtitles=tuple(subtitles),
             peak=None if peak_index is None else Peak(index=peak_index),
         )
@@ -160,16 +175,17 @@ class ClipReader:
         with self._lock:
             clips = encode_inputs(record, inputs, specs, self._bank)
         streams = {
-            stream: as_stored(spec, clip)
-            for (stream, spec), clip in zip(self.specs.items(), clips, strict=True)
+            name: as_stored(spec, clip)
+            for (name, spec), clip in zip(self.specs.items(), clips, strict=True)
         }
         remarks = self._judge(media, streams)
-        shown, sound = inputs.streams[len(specs) :]
+        sound, *shown = inputs.streams[len(specs) :]
         waveform = None if sound.array is None else inputs.arrays[sound.array]
         duration_s = inputs.audio_duration_s or inputs.facts.get("duration_s")
-        encoder = self.specs["audio"].encoder
         heard_s = None
-        if waveform is not None and duration_s is not None and isinstance(encoder, SoundEncoder):
+        if waveform is not None and duration_s is not None and "audio" in self.specs:
+            encoder = self.specs["audio"].encoder
+            assert isinstance(encoder, SoundEncoder)
             heard_s = min(duration_s, encoder.window_s)
         return SeenClip(
             name,
@@ -177,7 +193,7 @@ class ClipReader:
             record,
             streams,
             views_of(self._preset, self.specs, streams),
-            _frames(inputs, shown.index, shown.pts_s, shown.pick, shown.array),
+            _frames(inputs, shown[0]) if shown else (),
             waveform,
             duration_s,
             heard_s,
@@ -206,19 +222,14 @@ class ClipReader:
         facts = self._submit(DecodeJob(path, digest, media, ())).facts
         _refuse_long(media, facts.get("duration_s"), max_duration_s)
         requests = [request_of(spec, record) for spec in self.specs.values()]
-        frames = self.specs["video"].frames
-        requests += [
-            # The same frames as the video encoder's, so that nothing else is decoded for their sake.
-            InputRequest(
-                stream="image",
-                frames="uniform",
-                n_frames=1 if frames is None else frames.n_frames,
-                size_px=_LONGEST_PX,
-                interpolation="bicubic",
-            ),
-            InputRequest(stream="audio", window_s=min(max_duration_s, _LONGEST_SOUND_S)),
-        ]
-        inputs = self._submit(DecodeJob(path, digest, media, tuple(requests)))
+        requests.append(
+            InputRequest(stream="audio", window_s=min(max_duration_s, _LONGEST_SOUND_S))
+        )
+        shown = next((self.specs[name] for name in _SHOWN if name in self.specs), None)
+        if shown is not None:
+            requests.append(request_of(_whole_frames(shown), record))
+        order = None if self._faces is None else self._faces.of(record)
+        inputs = self._submit(DecodeJob(path, digest, media, tuple(requests), faces=order))
         # A container need not tell its length, nor the truth.
         last_pts_s = max((s.pts_s[-1] for s in inputs.streams if s.pts_s), default=0.0)
         _refuse_long(media, max(inputs.audio_duration_s or 0.0, last_pts_s), max_duration_s)
@@ -230,7 +241,7 @@ class ClipReader:
             raise MediaError(f"{prepared.failure.message}. Nothing can be said about this clip.")
         return prepared
 
-    def _judge(self, media: str, streams: Mapping[Stream, ClipTokens]) -> tuple[str, ...]:
+    def _judge(self, media: str, streams: Mapping[Input, ClipTokens]) -> tuple[str, ...]:
         """Return what to tell about a clip.
 
         Raises:
@@ -244,51 +255,60 @@ class ClipReader:
             raise MediaError(f"{media}: nothing to see or to hear ({why}).")
         data = self._preset.data
         remarks = []
-        for stream, clip in streams.items():
+        for name, clip in streams.items():
+            stream = STREAM_OF[name]
             noun = _NOUNS[stream]
             choice = data.absent if clip.status is Status.ABSENT else data.failed
+            nothing = clip.reason or f"there is no {noun}"
             if clip.status is not Status.OK and choice != "mask":
-                found = (
-                    f"there is no {noun}" if clip.status is Status.ABSENT else _reason(clip, media)
-                )
+                found = nothing if clip.status is Status.ABSENT else _reason(clip, media)
                 raise MediaError(
                     f"{media}: the {stream} stream is {clip.status.value} ({found}), and the run's "
                     f"data.{clip.status.value} is '{choice}'. Answer from the rest with "
                     f"data.{clip.status.value}=mask."
                 )
             if clip.status is Status.ABSENT:
-                remarks.append(f"There is no {noun}: the model answers from the rest.")
+                said = nothing[0].upper() + nothing[1:]
+                remarks.append(f"{said}: the model answers from the rest.")
             elif clip.status is Status.FAILED:
                 remarks.append(
                     f"The {stream} stream failed and is left out: {_reason(clip, media)}."
                 )
             elif clip.truncated:
-                encoder = self.specs[stream].encoder
+                encoder = self.specs[name].encoder
                 assert isinstance(encoder, SoundEncoder)
                 remarks.append(f"Only the first {encoder.window_s:g} s of the sound are heard.")
             if clip.remark is not None:
                 where = "sound" if stream == "audio" else "pictures"
                 remarks.append(f"Damage in the {where} was passed over: {clip.remark}.")
-        if all(streams[stream].status is Status.ABSENT for stream in ("video", "image")):
+        pictures = {name: clip for name, clip in streams.items() if name != "audio"}
+        if "image" in pictures and all(c.status is Status.ABSENT for c in pictures.values()):
             remarks = [text for text in remarks if _NOUNS["video"] not in text]
         return tuple(dict.fromkeys(remarks))
 
 
+def _whole_frames(spec: TokenSpec) -> TokenSpec:
+    """Return what asks for the frames of a spec as people see them, also of a still picture."""
+    assert spec.pixels is not None
+    pixels = spec.pixels.model_copy(update={"size_px": _LONGEST_PX, "interpolation": "bicubic"})
+    return spec.model_copy(update={"stream": "image", "pixels": pixels, "crop": None})
+
+
 def views_of(
-    preset: Preset, specs: Mapping[Stream, TokenSpec], streams: Mapping[Stream, ClipTokens]
+    preset: Preset, specs: Mapping[Input, TokenSpec], streams: Mapping[Input, ClipTokens]
 ) -> Views:
     """Return the views of one clip.
 
     Args:
         preset: Which views.
-        specs: Stream -> what its tokens are.
-        streams: Stream -> the clip's tokens as stored.
+        specs: Input -> what its tokens are.
+        streams: Input -> the clip's tokens as stored.
     """
     tokens: dict[str, torch.Tensor] = {}
     masks: dict[str, torch.Tensor] = {}
-    for stream, spec in specs.items():
-        view = getattr(preset.views, stream)
-        stored = streams[stream].tokens
+    for name, spec in specs.items():
+        view = getattr(preset.views, name)
+        stored = streams[name].tokens
         rows = np.zeros(view.shape(spec), np.float32)
         mask = np.zeros(len(rows), np.bool_)
         cls = np.zeros(spec.encoder.width, np.float32)
@@ -298,8 +318,10 @@ def views_of(
             _, mask = view.apply(stored, out=rows)
             if isinstance(view, ImageView):
                 cls = view.cls(stored)
-        tokens[stream] = torch.from_numpy(rows[None])
-        masks[stream] = torch.from_numpy(mask[None])
+        if not len(rows):  # a CLS token alone
+            mask = np.array([stored is not None])
+        tokens[name] = torch.from_numpy(rows[None])
+        masks[name] = torch.from_numpy(mask[None])
         if isinstance(view, ImageView):
             tokens["image_cls"] = torch.from_numpy(cls[None])
     return Views(tokens, masks)
@@ -309,7 +331,8 @@ def hide(views: Views, hidden: Collection[str]) -> Views:
     """Return the views of a clip with streams masked, as `ViewReader.read` masks them."""
     if not hidden:
         return views
-    gone = {*hidden, *(("image_cls",) if "image" in hidden else ())}
+    gone: set[str] = {name for name, stream in STREAM_OF.items() if stream in hidden}
+    gone |= {"image_cls"} if "image" in hidden else set()
     return Views(
         {n: torch.zeros_like(t) if n in gone else t for n, t in views.tokens.items()},
         {n: torch.zeros_like(m) if n in gone else m for n, m in views.masks.items()},
@@ -378,19 +401,13 @@ def _clip_of(digest: str, n_bytes: int, facts: Mapping[str, Any]) -> Clip:
     )
 
 
-def _frames(
-    inputs: ClipInputs,
-    index: Sequence[int],
-    pts_s: Sequence[float],
-    pick: Sequence[int],
-    array: int | None,
-) -> tuple[SeenFrame, ...]:
-    if array is None:
+def _frames(inputs: ClipInputs, shown: StreamInput) -> tuple[SeenFrame, ...]:
+    if shown.array is None:
         return ()
-    squares = inputs.arrays[array]
+    squares = inputs.arrays[shown.array]
     size = inputs.facts.get("width_px"), inputs.facts.get("height_px")
     found: dict[int, SeenFrame] = {}
-    for number, time_s, row in zip(index, pts_s, pick, strict=True):
+    for number, time_s, row in zip(shown.index, shown.pts_s, shown.pick, strict=True):
         if number not in found:
             rgb = np.asarray(with_aspect(squares[row], size, _LONGEST_PX))
             found[number] = SeenFrame(number, time_s, rgb)

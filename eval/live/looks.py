@@ -13,7 +13,6 @@ from PIL import Image
 
 from cache.commit import ClipTokens, Status
 from cache.encoders import SAMPLE_RATE_HZ
-from cache.spec import STREAMS
 from eval.pages import page_environment
 from eval.results.pictures import WAVE_HEIGHT, WAVE_WIDTH, data_uri, waveform_path
 from extract.annotate.evidence.media import jpeg_bytes
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from eval.live.answer import LiveReply
     from eval.live.clip import SeenClip
 
-_NAMES = {"video": "Video", "image": "Picture", "audio": "Sound"}
+_NAMES = {"video": "Video", "image": "Picture", "audio": "Sound", "local": "Video, second encoder"}
 _STRIP_PX = 132
 _TITLES = {
     "emotion": "emotion",
@@ -82,7 +81,7 @@ def seen_panel(seen: SeenClip) -> str:
         _page()
         .get_template("app_seen.html.j2")
         .render(
-            streams=[_stream(s, seen.streams[s]) for s in STREAMS if s in seen.streams],
+            streams=[_stream(name, clip) for name, clip in seen.streams.items()],
             frames=[_frame(frame.rgb, frame.pts_s) for frame in seen.frames],
             wave=wave,
             duration="" if seen.duration_s is None else _seconds(seen.duration_s),

@@ -25,7 +25,8 @@ def with_subtitle(
         seen: The clip.
         config: How the run reads subtitles.
         text: What is said; blank takes the subtitle away.
-        language: `en`, `zh`, ...; None takes the language in which the run reads subtitles.
+        language: `en`, `zh`, ...; None takes the language in which the run reads subtitles when it is
+            asked.
         origin: Who says so, see `cache.clip.Subtitle`.
     """
     text = " ".join(text.split())
@@ -33,7 +34,7 @@ def with_subtitle(
     if not text:
         record = seen.record.model_copy(update={"subtitles": ()})
         return replace(seen, record=record, remarks=tuple(remarks))
-    wanted = config.subtitle_language
+    wanted = config.language(seen.record.corpus, asking=True)
     said = Subtitle(text=text, language=language or wanted, origin=origin)
     if not config.use_subtitle:
         remarks.append(f"{_BEGIN} is not shown to the model: the run was trained without.")

@@ -14,7 +14,6 @@ from cache.clip import Record, media_path
 from cache.commit import Status
 from cache.errors import ManifestError, MissingDependencyError
 from cache.labels import LabelField, LabelSpace
-from cache.spec import STREAMS
 from cache.store import TokenStore
 from eval.generate import TrainedRun
 from eval.metrics import (
@@ -23,6 +22,7 @@ from eval.metrics import (
     score_multi_label,
     score_single_label,
 )
+from eval.parse import LabelReading
 from eval.predictions import Prediction
 from eval.report.data import Fact, LabelLikelihoods, OffListReply, Parsing, ScoreRow, StoreRow
 from eval.results.examples import (
@@ -40,12 +40,19 @@ from eval.scoring.slices import EDGES_S, Slice, quantile_edges, slices
 from eval.scoring.tally import Tally
 from train.checkpoint import best_folder
 from train.data import Renderer
+from train.instructions import load_instructions
 from train.mixture import Ask
 from train.reading import ViewReader
 from train.tasks import SEVERAL_LABELS, TASK_TABLE, Task, check_task
 
 LEVEL = 0.95
 """Of every interval."""
+_READ: Mapping[LabelReading, str] = {
+    "label": "A reply is reduced to the content of its answer tag, if it has one, and without quotes, "
+    "closing punctuation and case it must equal a label or one of its aliases.",
+    "last-word": "The last word of a reply is compared with the labels as it stands; where it is none of "
+    "them, the reply counts as neutral, as Emotion-LLaMA's scorer has it.",
+}
 
 
 @dataclass(frozen=True)
@@ -230,12 +237,21 @@ def _parsing(replies: Mapping[str, Sequence[Prediction]]) -> Parsing:
     )
 
 
-def joint_task(task: str) -> Task | None:
-    """Return the task that asks for reasoning and then for the same label; None: the task itself does."""
+def explaining_task(task: str, trained: TrainedRun) -> Task | None:
+    """Return the task by which a run explains the label of another one.
+
+    It is the one that asks for reasoning and then for the same label; where a run's instructions lack it,
+    as the predecessor's do, it is `reason`. None: the task itself explains, or the run cannot.
+
+    Raises:
+        SchemaError: Damaged instructions.
+    """
     row = TASK_TABLE[check_task(task)]
     if row.joint:
         return None
-    return next((t for t, r in TASK_TABLE.items() if r.joint and r.label == row.label), None)
+    pools = load_instructions(trained.preset.prompt.instructions)
+    joint = [t for t, r in TASK_TABLE.items() if r.joint and r.label == row.label]
+    return next((t for t in (*joint, check_task("reason")) if pools.has(t)), None)
 
 
 def examples_of(
@@ -262,7 +278,9 @@ def examples_of(
     files: dict[str, ClipFile] = {}
     notes = []
     if reasons:
-        notes.append(f"The task {reasons[0].task} asks for reasoning before the label.")
+        joint = TASK_TABLE[check_task(reasons[0].task)].joint
+        asks = "reasoning before the label" if joint else "reasoning alone"
+        notes.append(f"The task {reasons[0].task} asks for {asks}.")
     if any(p.masked for p in reasons):
         notes.append(
             "Reasoning under a mask was written without the masked stream: what it says of that stream is "
@@ -294,19 +312,25 @@ def prompt_of(trained: TrainedRun, record: Record, task: str) -> str:
     """Return what the model is asked about a record, with a placeholder for the clip's tokens."""
     renderer = Renderer(trained.preset, trained.tokenizer, trained.header)
     prompt = renderer.wording.render(
-        record, Ask(check_task(task), 0), with_answer=False, vary=False, turns=renderer.turns
+        record,
+        Ask(check_task(task), 0),
+        with_answer=False,
+        vary=False,
+        asking=True,
+        turns=renderer.turns,
     )
-    blocks = ", ".join(f"{n} {name}" for name, n in trained.preset.layout().blocks)
-    return f"{prompt.head} {{up to {blocks} tokens}} {prompt.tail}"
+    return prompt.shown(trained.preset.layout(), "up to {} tokens")
 
 
-def method_of(trained: TrainedRun, found: ScoredGroup, max_new_tokens: int) -> tuple[str, ...]:
+def method_of(
+    trained: TrainedRun, found: ScoredGroup, max_new_tokens: int, reading: LabelReading = "label"
+) -> tuple[str, ...]:
     """Return how the replies came about and how they are scored, a paragraph each."""
+    read = _READ[reading]
     said = [
         "Each clip is asked about once under each condition, with all labels offered in the order of the "
         f"label space; tokens of a masked stream are left out. Replies are decoded greedily, up to "
-        f"{max_new_tokens} tokens. A reply is reduced to the content of its answer tag, if it has one, and "
-        "without quotes, closing punctuation and case it must equal a label or one of its aliases."
+        f"{max_new_tokens} tokens. {read}"
     ]
     exact = any(i.n == 0 for row in found.rows for i in row.intervals.values())
     said.append(
@@ -370,13 +394,12 @@ def throughput_of(trained: TrainedRun, clips_per_s: float) -> tuple[Fact, ...]:
 def store_rows(store: TokenStore, reader: ViewReader) -> tuple[StoreRow, ...]:
     """Return what the store holds of the specs that the run reads."""
     rows = []
-    for stream in STREAMS:
-        spec = reader.specs[stream]
+    for name, spec in reader.specs.items():
         index = store.index(spec)
         counts = index.counts()
         rows.append(
             StoreRow(
-                stream=stream,
+                stream=name,
                 spec_id=spec.spec_id,
                 n_ok=counts[Status.OK],
                 n_absent=counts[Status.ABSENT],
@@ -395,10 +418,10 @@ def provenance_of(trained: TrainedRun, reader: ViewReader, pool_id: str) -> dict
         "instructions": pool_id,
         "language model": trained.preset.model.llm.path,
         "trained parameters": f"{sum(trained.info.trainable.values()):,}",
-        **{f"{stream} spec": spec.spec_id for stream, spec in reader.specs.items()},
+        **{f"{name} spec": spec.spec_id for name, spec in reader.specs.items()},
         **{
-            f"{stream} view": getattr(trained.preset.views, stream).definition(spec)
-            for stream, spec in reader.specs.items()
+            f"{name} view": getattr(trained.preset.views, name).definition(spec)
+            for name, spec in reader.specs.items()
         },
         **trained.info.versions,
     }

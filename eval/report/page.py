@@ -52,6 +52,7 @@ _MEANINGS: Final[dict[ParseHow, str]] = {
     "tag": "a label, inside an answer tag",
     "exact": "a label, without a tag",
     "alias": "another word for a label",
+    "other": "no label: counted as neutral",
     "off_list": "no label: counted as wrong",
     "empty": "no text: counted as wrong",
 }

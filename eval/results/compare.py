@@ -224,6 +224,20 @@ def _keys(sides: Sequence[Side]) -> list[list[Key]]:
     return found
 
 
+def aligned(name: str, sides: Sequence[Side], names: Sequence[str]) -> tuple[Tally, ...]:
+    """Return the tallies of the items that all runs have, in one order and with one set of columns.
+
+    Args:
+        name: Of the set, for messages.
+        sides: What each run brings to it.
+        names: Of the runs.
+
+    Raises:
+        PredictionError: No item is in all runs, none of them is scored, or the runs disagree about a truth.
+    """
+    return _aligned(name, sides, _common_rows(name, sides, names))
+
+
 def _common_rows(name: str, sides: Sequence[Side], names: Sequence[str]) -> list[list[int]]:
     """Return the rows of the items that all runs have, per run, in the order of the first."""
     places = [{key: row for row, key in enumerate(own)} for own in _keys(sides)]

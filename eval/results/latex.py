@@ -22,7 +22,7 @@ _SIGNS: Final = {
     "\N{PLUS-MINUS SIGN}": r"$\pm$",
     OTHER_COUNT: r"\textdagger{}",
 }
-_HEAD: Final = r"""% Needs booktabs, and xcolor with the option table.
+HEAD: Final = r"""% Needs booktabs, and xcolor with the option table.
 \providecommand{\best}[1]{\textbf{#1}}
 \providecommand{\second}[1]{\cellcolor{gray!25}#1}
 """
@@ -30,7 +30,7 @@ _HEAD: Final = r"""% Needs booktabs, and xcolor with the option table.
 
 def latex(tables: Sequence[Table]) -> str:
     """Return tables as LaTeX source: one `tabular` each, with notes as comments."""
-    return _HEAD + "".join(f"\n{_tabular(table)}" for table in tables)
+    return HEAD + "".join(f"\n{_tabular(table)}" for table in tables)
 
 
 def escape_latex(text: str) -> str:

@@ -28,6 +28,7 @@ MEANINGS: Final[Mapping[str, str]] = MappingProxyType(
         "tag": "an offered label, inside an answer tag",
         "exact": "an offered label, without a tag",
         "alias": "another word for an offered label",
+        "other": "no offered label: counted as neutral",
         "off_list": "no offered label",
         "empty": "no text",
     }
@@ -38,6 +39,7 @@ READINGS: Final[Mapping[str, str]] = MappingProxyType(
         "raw": "the whole reply, as it stands",
         "tag": "the content of the answer tag, or the whole reply if it has none",
         "label": "the label that is read in the reply",
+        "last-word": "the last word, or neutral if it is no offered label",
     }
 )
 """How much of a reply is compared, in words."""

@@ -284,7 +284,7 @@ def _named(side: Side, asked: str, name: str) -> Side:
 def _of_labels(group: Sequence[Prediction]) -> Side | None:
     """Return replies that were asked for no benchmark; None if no truth is known."""
     several = _field(group[0].task) == "emotion_multi"
-    items = tuple(_item(one, several) for one in group)
+    items = tuple(item_of(one, several) for one in group)
     truths = [", ".join(sorted(item.truth)) or None for item in items]
     if not any(truths):
         return None
@@ -305,7 +305,8 @@ def _title(one: Prediction) -> str:
     return f"{one.uid.partition('/')[0]}, {one.task}{without}"
 
 
-def _item(one: Prediction, several: bool) -> Item:
+def item_of(one: Prediction, several: bool) -> Item:
+    """Return a reply that was asked for no benchmark as an item; `several`: to a task with several labels."""
     truth = one.truths if several else (() if one.truth is None else (one.truth,))
     # Words that are no label are part of the answer: with any, a set is not right.
     named = (*one.labels, *one.unread) if several else (() if one.label is None else (one.label,))

@@ -12,9 +12,10 @@ from eval.benchmarks import Benchmark, Metric, Protocol
 from eval.predictions import Prediction
 from eval.scoring.tally import Tally
 
-Reading = Literal["raw", "tag", "label"]
+Reading = Literal["raw", "tag", "label", "last-word"]
 """How much of a reply is compared. `raw`: all of it, as it stands; `tag`: the content of its answer tag,
-if it has one; `label`: what `eval.parse` reads in it, so punctuation and aliases are forgiven."""
+if it has one; `label`: what `eval.parse` reads in it, so punctuation and aliases are forgiven; `last-word`:
+its last word, or neutral if that was not offered, as Emotion-LLaMA's scorer does."""
 
 
 class Counts(Model):

@@ -36,7 +36,7 @@ from eval.scoring.wheels import Wheels, wheels_folder
 
 
 class NothingToScoreError(PredictionError):
-    """No item of a set has a truth that counts."""
+    """No item of a set has a truth that counts, or a reading that fits."""
 
 
 READINGS: tuple[Reading, ...] = get_args(Reading)
@@ -63,7 +63,7 @@ def score_file(
         path: Predictions, in the released format or ours; of a folder its predictions.jsonl.
         task: Id of the benchmark.
         protocol: paper, released or unibench.
-        reading: raw, tag or label; None: that of the protocol.
+        reading: raw, tag, label or last-word; None: that of the protocol.
         truths: File of true labels; None: those of the predictions file.
         wheels: Folder of the wheel tables, or the tables; None: the folder of EMOCACHE_WHEELS.
         splits: Modes that count instead of the benchmark's own; `all`: every row.
@@ -109,7 +109,7 @@ def score_all(
     Args:
         path: Predictions; other arguments as of `score_file`.
         protocol: paper, released or unibench.
-        reading: raw, tag or label; None: that of the protocol.
+        reading: raw, tag, label or last-word; None: that of the protocol.
         wheels: The tables, or their folder.
         splits: Modes that count instead of each benchmark's own.
         unscored: Gets the sets of which no item can be scored -> why; None: such a set is refused.
@@ -169,6 +169,11 @@ def _score(
     allow_missing: bool,
 ) -> Scored:
     """Score one set under the protocol asked for, and see what the others give."""
+    if reading == "last-word" and row.metric in ("map", "wheel-f"):
+        raise NothingToScoreError(
+            f"{source.name}: replies for {row.id} name several labels, of which the reading last-word keeps "
+            "one. Give --reading tag."
+        )
     tables: Wheels | None = None
     if row.metric in WHEEL_METRICS:
         tables = wheels if isinstance(wheels, Wheels) else Wheels.load(wheels_folder(wheels))
@@ -340,7 +345,7 @@ def _examples(items: Sequence[Item]) -> tuple[Example, ...]:
     seen: dict[str, set[str]] = {}
     found = []
     for item in items:
-        if item.how in ("off_list", "empty", "alias"):
+        if item.how in ("off_list", "empty", "alias", "other"):
             replies = seen.setdefault(item.how, set())
             if item.reply not in replies and len(replies) < _N_EXAMPLES:
                 replies.add(item.reply)

@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 from typing import Final, NamedTuple
 
 from eval.benchmarks import benchmark
-from eval.parse import answer_of, parse_labels, parse_reply
+from eval.parse import OTHER_LABEL, answer_of, parse_labels, parse_last_word, parse_reply
 from eval.scoring.result import Reading
 from extract.corpora.registry import corpus_row
 
@@ -58,9 +58,12 @@ def read_reply(reply: str, task: str, reading: Reading) -> Read:
     Args:
         reply: As the model wrote it.
         task: Id of the benchmark.
-        reading: How much of the reply is compared.
+        reading: How much of the reply is compared; `last-word` of one label only.
     """
     row, aliases = benchmark(task), _aliases(task)
+    if reading == "last-word":
+        word = parse_last_word(reply, row.options)
+        return Read((word.label or OTHER_LABEL,), "other" if word.label is None else word.how)
     if row.metric in ("accuracy", "waf"):
         parsed = parse_reply(reply, row.options, aliases)
         if reading == "label":
