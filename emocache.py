@@ -24,9 +24,10 @@ from eval.verbs.extract import extract_app, extract_worker_command
 from eval.verbs.index import index_command
 from eval.verbs.judge import judge_app
 from eval.verbs.predict import predict_command
-from eval.verbs.run_options import DeviceOption, WeightsOption
+from eval.verbs.run_options import DeviceOption, StageOption, WeightsOption
 from eval.verbs.score import score_command
 from eval.verbs.store import store_app
+from eval.verbs.sweep import sweep_command
 from eval.verbs.train import (
     ManifestOption,
     Overrides,
@@ -39,8 +40,8 @@ from eval.verbs.train import (
 logger = logging.getLogger("emocache")
 VERBS = (
     "index", "corpus", "annotate", "annotate-worker", "extract", "extract-worker", "store", "train",
-    "import-checkpoint", "show", "evaluate", "benchmark", "score", "judge", "compare", "predict", "app",
-    "demo",
+    "import-checkpoint", "show", "evaluate", "benchmark", "score", "judge", "compare", "sweep", "predict",
+    "app", "demo",
 )  # fmt: skip
 """In the order of the work; `emocache --help` shows them so."""
 
@@ -72,6 +73,7 @@ app.command("benchmark")(benchmark_command)
 app.add_typer(judge_app, name="judge")
 app.command("score")(score_command)
 app.command("compare")(compare_command)
+app.command("sweep")(sweep_command)
 app.command("predict")(predict_command)
 app.command("app")(app_command)
 
@@ -158,6 +160,7 @@ def evaluate_command(
     ] = None,
     device: DeviceOption = "cpu",
     weights: WeightsOption = "final",
+    stage: StageOption = None,
     likelihoods: Annotated[
         bool,
         typer.Option(
@@ -165,6 +168,13 @@ def evaluate_command(
             help="Compute the probability of every offered label beside each reply.",
         ),
     ] = False,
+    reading: Annotated[
+        str,
+        typer.Option(
+            help="How a label is read in a reply: label (punctuation and aliases forgiven) or last-word "
+            "(anything else is neutral, as Emotion-LLaMA's scorer does)."
+        ),
+    ] = "label",
     examples: Annotated[
         int, typer.Option(min=0, help="Clips that the report shows one by one.")
     ] = 24,
@@ -198,7 +208,9 @@ def evaluate_command(
             out=out_dir,
             overrides=overrides or [],
             weights=one_of_these("--weights", weights, ("final", "best")),
+            stage=stage,
             likelihoods=likelihoods,
+            reading=one_of_these("--reading", reading, ("label", "last-word")),
             n_examples=examples,
             reasoning_tokens=max_new_tokens if reasoning else 0,
             media=media_root(records, manifest),

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.encoders import of_one_width, write_checkpoint
 from cache.commit import Status
 from cache.manifest import Manifest, write_manifest
 from cache.spec import TokenSpec
@@ -23,6 +22,7 @@ from extract.jobs.job import Job
 from extract.jobs.session import WorkerState
 from extract.plan import make_plan
 from extract.run import extract
+from extract.tiny.made_up import of_one_width, write_checkpoint
 from tests.slurm import Slurm, slurm, slurm_server, wait_until
 
 __all__ = ["slurm", "slurm_server"]

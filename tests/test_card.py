@@ -13,7 +13,7 @@ import pytest
 
 from cache.card import card, reason_class
 from cache.commit import ClipTokens, Status
-from cache.spec import TokenSpec
+from cache.spec import FaceCrop, Frames, TokenSpec
 from cache.store import TokenStore
 from tests.conftest import key_of, make_clip
 
@@ -81,6 +81,22 @@ def test_every_choice_of_the_spec_is_shown(store: TokenStore, specs: Specs) -> N
     for row in ["| kind | whisper |", "| layers | 2 |", "| mel bins | 80 |", "16000 Hz"]:
         assert row in audio, row
     assert "middle frame" in card(store, specs["image"])
+
+
+def test_newer_choices_are_shown(store: TokenStore, specs: Specs) -> None:
+    audio, video = specs["audio"], specs["video"]
+    assert "only frames that hear the clip are kept" in card(store, audio)
+    padded = audio.model_copy(update={"encoder": audio.encoder.model_copy(update={"padded": True})})
+    window = Frames(kind="window", n_frames=16, seed=7)
+    faces = video.model_copy(update={"frames": window, "crop": FaceCrop(margin=0.25)})
+    for spec in (padded, faces):
+        store.commit(spec, [ClipTokens(key_of("a"), Status.ABSENT)], {})
+    assert "all frames of the zero-padded window are kept" in card(store, padded)
+    text = card(store, faces)
+    assert "| frames | 16 consecutive ones at an offset by the clip's digest and seed 7;" in text
+    assert (
+        "| part of a frame | the square around the face as openface found it, with 0.25 of" in text
+    )
 
 
 def test_counts_dates_reasons_and_versions(store: TokenStore, specs: Specs) -> None:

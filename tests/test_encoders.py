@@ -27,6 +27,7 @@ from transformers import (
 
 from cache.encoders import NAMED_ENCODERS, EvaEncoder, HubertEncoder, WhisperEncoder
 from cache.errors import CheckpointError, MediaError, SpecMismatchError
+from cache.views import AudioView
 from extract.encoders import hubert, weights
 from extract.encoders.base import AudioEncoder, PictureEncoder
 from extract.encoders.eva import FrozenEva
@@ -271,6 +272,32 @@ def test_whisper_is_the_same_by_both_libraries(whisper_pt: Path, whisper_folder:
     for a, b in zip(ours.encode(sounds), theirs.encode(sounds), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
     assert ours.spec == theirs.spec, "the same weights in another format are the same spec"
+
+
+@pytest.mark.parametrize("by", ["whisper_pt", "whisper_folder"])
+def test_a_padded_window_is_all_that_whisper_gives(
+    by: str, request: pytest.FixtureRequest, whisper_pt: Path
+) -> None:
+    padded = FrozenWhisper.load(
+        WHISPER.model_copy(update={"padded": True}), request.getfixturevalue(by)
+    )
+    plain = FrozenWhisper.load(WHISPER, request.getfixturevalue(by))
+    assert padded.spec.weights_sha256 == plain.spec.weights_sha256
+    sounds = [_sound(0.3), _sound(4.1, 1), _sound(31.0, 2)]
+    together = padded.encode(sounds)
+    model = whisper.load_model(str(whisper_pt), device="cpu")
+    for sound, tokens, heard in zip(sounds, together, plain.encode(sounds), strict=True):
+        assert tokens.shape == (1500, 32)
+        np.testing.assert_allclose(padded.encode([sound])[0], tokens, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(tokens[: len(heard)], heard)
+        mel = whisper.log_mel_spectrogram(whisper.pad_or_trim(torch.from_numpy(sound)), n_mels=80)
+        with torch.no_grad():
+            encoded = model.encoder(mel.unsqueeze(0))
+        # The released code pools all 1500 frames of the padded window to 64.
+        pooled = F.adaptive_avg_pool1d(encoded.transpose(1, 2), 64)[0].T
+        view, mask = AudioView(n_tokens=64).apply(tokens)
+        assert mask.all()
+        np.testing.assert_allclose(view, pooled.numpy(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("layer", [0, 1])

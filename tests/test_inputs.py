@@ -20,7 +20,7 @@ from PIL import Image
 import extract.inputs
 from cache.clip import Clip, Peak, Record, file_sha256
 from cache.errors import SchemaError
-from cache.spec import TokenSpec
+from cache.spec import Frames, TokenSpec
 from extract.decode import decode
 from extract.failures import Failure
 from extract.inputs import ClipInputs, InputRequest, StreamInput, prepare_inputs, request_of
@@ -81,9 +81,30 @@ def test_requests_of_specs(specs: dict[str, TokenSpec]) -> None:
         assert request_of(specs["image"], other) == request_of(specs["image"], record)
 
 
+def test_a_window_lies_where_seed_and_digest_say(
+    specs: dict[str, TokenSpec], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.mp4", n=50)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    record = Record(uid="c/1", media="a.mp4", clip=Clip(sha256=digest, n_bytes=1))
+    found = []
+    for seed in (42, 1):
+        frames = Frames(kind="window", n_frames=16, seed=seed)
+        request = request_of(specs["video"].model_copy(update={"frames": frames}), record)
+        assert not specs["video"].uses_record()
+        (stream,) = prepare(path, request).streams
+        assert stream.index == tuple(range(stream.index[0], stream.index[0] + 16))
+        # The first 8 bytes of SHA-256 over seed and digest, as 34 starts leave of them.
+        drawn = hashlib.sha256(f"{seed}:{digest}".encode()).hexdigest()[:16]
+        assert stream.index[0] == int(drawn, 16) % 34
+        found.append(stream.index[0])
+    assert request_of(specs["video"], record).draw is None
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
+        ({"stream": "audio", "crop": {}}, "stream 'audio' has no .* crop"),
         ({"stream": "audio", "size_px": 96}, "stream 'audio' has no"),
         ({"stream": "video", "frames": "uniform", "size_px": 96}, "stream 'video' needs"),
     ],

@@ -414,7 +414,7 @@ def test_adapters_are_one_linear_map_per_block() -> None:
 
 
 def test_every_preset_builds_and_round_trips() -> None:
-    assert len(PRESETS) == 7
+    assert len(PRESETS) == 8
     for make in PRESETS.values():
         preset = make()
         assert Preset.model_validate_json(preset.model_dump_json()) == preset

@@ -91,7 +91,7 @@ def test_the_order_of_masked_streams_has_no_meaning() -> None:
     [
         ({"uid": None}, r"'uid': .*got None"),
         ({"uid": ""}, r"'uid': .*got ''"),
-        ({"schema_version": 4}, r"'schema_version': Input should be 1, 2 or 3 \(got 4\)"),
+        ({"schema_version": 5}, r"'schema_version': Input should be 1, 2, 3 or 4 \(got 5\)"),
         ({"labels": ["joy"]}, r"label is 'joy' and labels are \['joy'\]"),
         (
             {"label": None, "labels": ["joy"], "parse": "empty"},

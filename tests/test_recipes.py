@@ -9,7 +9,7 @@ import pytest
 from cache.encoders import NAMED_ENCODERS, HubertEncoder, WhisperEncoder
 from cache.errors import SchemaError
 from cache.recipes import label_of, read_specs, token_specs
-from cache.spec import CLIP_MEAN, CLIP_STD, Frames, Pixels, TokenSpec
+from cache.spec import CLIP_MEAN, CLIP_STD, FaceCrop, Frames, Pixels, TokenSpec
 from train.presets import demo, v2
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -82,6 +82,21 @@ def test_stored_shapes(text: str, shapes: list[tuple[str, tuple[int, ...]]]) -> 
     assert _shapes(text) == shapes
 
 
+def test_faces_reach_the_spec_and_its_label() -> None:
+    # the predecessor's local and temporal features
+    local, temporal = token_specs("mae-large:video+face+utt,videomae-large+utt+face")
+    assert local.crop == temporal.crop == FaceCrop(by="openface", margin=0.2)
+    assert (local.grid, local.utterance) == (None, True)
+    assert [label_of(spec) for spec in (local, temporal)] == [
+        "video mae-large+face+utt",
+        "video videomae-large+face+utt",
+    ]
+    (still,) = token_specs("eva-g:image+face+cls")
+    assert label_of(still) == "image eva-g+face+cls"
+    whole = still.model_copy(update={"crop": None})
+    assert (whole,) == token_specs("eva-g:image+cls")
+
+
 def test_options_reach_the_spec() -> None:
     (spec,) = token_specs("clip-large:video+cls")
     assert (spec.cls_only, spec.utterance, spec.grid) == (True, False, None)
@@ -99,14 +114,17 @@ def test_options_reach_the_spec() -> None:
         ),
         ("hubert", r"unknown encoder 'hubert'\. .*Allowed: whisper-tiny, "),
         ("EVA-G", r"unknown encoder 'EVA-G'"),
-        ("", r"without a name\. Write NAME\[:STREAM\]\[\+cls\]\[\+utt\]"),
+        ("", r"without a name\. Write NAME\[:STREAM\]\[\+face\]\[\+cls\]\[\+utt\]"),
         ("eva-g,,clip-large", r"--encoders eva-g,,clip-large: an encoder without a name"),
         (":image", r"without a name"),
         ("eva-g:imag", r"makes no 'imag' tokens\. Did you mean 'image'\? Allowed: eva-g:video, "),
         ("eva-g:", r"makes no '' tokens"),
         ("whisper-small:video", r"makes no 'video' tokens\. Allowed: whisper-small:audio"),
         ("videomae-large:image", r"makes no 'image' tokens"),
-        ("eva-g+uttt", r"unknown option '\+uttt'\. Did you mean 'utt'\? .*: \+cls, \+utt"),
+        ("eva-g+uttt", r"unknown option '\+uttt'\. Did you mean 'utt'\? .*: \+face, \+cls, \+utt"),
+        ("eva-g+fce", r"unknown option '\+fce'\. Did you mean 'face'\?"),
+        ("hubert-large+face", r"'hubert-large' hears sound, so '\+face' does not fit"),
+        ("mae-large:video+face,mae-large:video+face", r"mean the same video tokens"),
         ("eva-g+", r"unknown option '\+'"),
         ("hubert-large+cls", r"'hubert-large' has no CLS token"),
         ("videomae-large+cls", r"'videomae-large' has no CLS token"),
@@ -147,6 +165,12 @@ def test_labels_of_names_with_equal_sizes_show_the_weights() -> None:
 def test_labels_of_unnamed_encoders_show_their_sizes() -> None:
     labels = [label_of(spec.with_weights("ab" * 32)) for spec in demo().tokens.all()]
     assert labels == ["audio whisper 64x2", "video eva 96x4", "image eva 96x4"]
+
+
+def test_labels_show_a_padded_window() -> None:
+    (spec,) = token_specs("whisper-large-v3")
+    padded = spec.model_copy(update={"encoder": spec.encoder.model_copy(update={"padded": True})})
+    assert label_of(padded) == "audio whisper-large-v3 padded"
 
 
 def test_labels_show_the_layer() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cache.encoders import NAMED_ENCODERS
 from cache.errors import SchemaError, SpecMismatchError
 from cache.schema import decode
-from cache.spec import TokenSpec, describe_differences, differences
+from cache.spec import FaceCrop, TokenSpec, describe_differences, differences
 from cache.views import AudioView, ImageView, VideoView, adaptive_pool, segment_centres
 from train.presets import demo, v2
 
@@ -68,6 +68,52 @@ def test_each_choice_changes_the_id_and_is_named(path: str) -> None:
     assert not spec.accepts(changed)
 
 
+NEWER: dict[str, tuple[str, dict[str, Any]]] = {
+    "crop": ("video", {"crop": {}}),
+    "crop.margin": ("video", {"crop": {"margin": 0.3}}),
+    "frames.kind": ("video", {"frames": {"kind": "window"}}),
+    "frames.seed": ("video", {"frames": {"kind": "window", "seed": 7}}),
+    "encoder.padded": ("audio", {"encoder": {"padded": True}}),
+}
+
+
+@pytest.mark.parametrize("path", NEWER)
+def test_newer_choices_change_the_id_and_stand_in_the_json_only_if_made(path: str) -> None:
+    stream, changes = NEWER[path]
+    spec = getattr(v2().tokens, stream).with_weights("0" * 64)
+    told = json.loads(spec.canonical_json())
+    assert not {"crop", "padded", "seed"} & (
+        told.keys() | told["encoder"].keys() | (told["frames"] or {}).keys()
+    )
+    data = spec.model_dump(mode="json")
+    for key, value in changes.items():
+        data[key] = {**(data[key] or {}), **value}
+    changed = decode(TokenSpec, data, "changed")
+    assert changed.spec_id != spec.spec_id
+    assert not spec.accepts(changed)
+    assert not spec.serves(changed)
+    assert not changed.serves(spec)
+    assert decode(TokenSpec, json.loads(changed.canonical_json()), "again") == changed
+    found = differences(spec, changed)
+    assert path in found or path.partition(".")[0] in found
+
+
+def test_crops_serve_equal_crops_alone() -> None:
+    spec = v2().tokens.video.with_weights("0" * 64).model_copy(update={"crop": FaceCrop()})
+    fine = spec.model_copy(update={"grid": 4})
+    assert fine.serves(spec)
+    for other in (FaceCrop(margin=0.1), FaceCrop(by="mine"), None):
+        assert not fine.serves(spec.model_copy(update={"crop": other}))
+
+
+def test_how_many_tokens_a_sound_has() -> None:
+    audio = v2().tokens.audio
+    assert [audio.audio_tokens(s) for s in (0.01, 3.0, 3.001, 40.0)] == [1, 150, 151, 1500]
+    padded = audio.model_copy(update={"encoder": audio.encoder.model_copy(update={"padded": True})})
+    assert padded.audio_tokens(3.0) == 1500
+    assert padded.model_copy(update={"utterance": True}).audio_tokens(3.0) == 1
+
+
 def test_open_weights_accept_any_digest_but_nothing_else() -> None:
     wanted = v2().tokens.image
     assert wanted.accepts(wanted.with_weights("0" * 64))
@@ -87,6 +133,10 @@ def test_open_weights_accept_any_digest_but_nothing_else() -> None:
         ({"pixels": {"size_px": 225}}, "not a multiple of patch_px"),
         ({"frames": {"kind": "middle", "n_frames": 2}}, "picks one frame"),
         ({"frames": {"kind": "uniform", "n_frames": 2}}, "holds one frame"),
+        ({"frames": {"kind": "window", "n_frames": 2}}, "holds one frame"),
+        ({"frames": {"kind": "middle", "seed": 7}}, "seed is for 'window' alone"),
+        ({"crop": {"margin": -0.1}}, r"crop\.margin"),
+        ({"crop": {"by": ""}}, r"crop\.by"),
     ],
 )
 def test_contradictions_are_refused_by_name(change: dict[str, Any], message: str) -> None:

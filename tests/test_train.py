@@ -540,6 +540,7 @@ def test_precedence_is_preset_then_file_then_override(tmp_path: Path) -> None:
     with pytest.raises(SchemaError, match=r"unknown key 'sead'.*Did you mean 'seed'"):
         configure(demo(), [], path)
     assert configure(demo(), ["stages.0.optim.lr=1e-5"]).stages[0].optim.lr == 1e-5
+    assert [stage.name for stage in configure(demo(), ["stages.1=null"]).stages] == ["stage1"]
 
 
 def test_a_runs_own_configuration_is_accepted_back(uninterrupted: Path) -> None:
@@ -756,6 +757,6 @@ def test_v2_released_changes_what_the_released_code_does_otherwise() -> None:
     assert released.prompt.option_list == "label_conditional"
     assert released.prompt.answer_norm == "blip"
     assert not released.data.mask_missing
-    same = {"name", "stages", "prompt", "data"}
+    same = {"name", "tokens", "stages", "prompt", "data"}
     for field in set(Preset.model_fields) - same:
         assert getattr(released, field) == getattr(v2(), field), field

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.errors import SpecMismatchError
-from cache.spec import TokenSpec
+from cache.spec import Frames, TokenSpec
 from cache.views import AudioView, ImageView, VideoView, adaptive_pool
 from extract.sampling import frame_indices
 from train.presets import v2
@@ -228,6 +228,23 @@ def test_audio_definitions() -> None:
     assert AudioView(n_tokens=64).definition(spec) == (
         "the valid frames (50 per second, at most 1500) by adaptive mean to 64 tokens; fewer frames "
         "are kept as stored, zero-padded and masked"
+    )
+
+
+def test_definitions_of_the_released_codes_choices() -> None:
+    audio = v2().tokens.audio
+    padded = audio.model_copy(update={"encoder": audio.encoder.model_copy(update={"padded": True})})
+    assert AudioView(n_tokens=64).definition(padded) == (
+        "all 1500 frames of the zero-padded window, silence behind the clip included, by adaptive mean "
+        "to 64 tokens"
+    )
+    window = video_spec(16, 2).model_copy(update={"frames": Frames(kind="window", n_frames=16)})
+    assert (
+        VideoView(n_frames=16, grid=2).definition(window) == "all 16 stored frames, 2x2 as stored"
+    )
+    assert VideoView(n_frames=2, grid=2).definition(window) == (
+        "frames 4, 12 of the 16 stored, counted from 0 (a window of consecutive frames, not the whole "
+        "clip), 2x2 as stored"
     )
 
 

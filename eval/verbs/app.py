@@ -14,6 +14,7 @@ from eval.verbs.predict import encoder_checkpoints
 from eval.verbs.run_options import (
     DeviceOption,
     EncoderWeightsOption,
+    FacesOption,
     SettingsOption,
     TranscribeOption,
     WeightsOption,
@@ -60,6 +61,7 @@ def app_command(
             help="Clip to offer on the page; a run of the demo brings its own. Repeatable."
         ),
     ] = None,
+    faces: FacesOption = None,
     encoder_weights: EncoderWeightsOption = None,
     settings: SettingsOption = None,
     weights: WeightsOption = "final",
@@ -90,6 +92,7 @@ def app_command(
                 header=None if labels is None else _header(labels),
                 transcriber=None if transcribe is None else _transcriber(transcribe, device),
                 n_decoders=concurrency,
+                faces=faces,
             )
         )
         is_demo = bool(model.trained.preset.bundled_weights)

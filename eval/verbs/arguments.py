@@ -66,13 +66,21 @@ def weights_of(preset: Preset, given: Sequence[str]) -> dict[str, Path]:
     """Return the checkpoints by encoder or stream: bundled ones, and NAME=PATH as given."""
     from extract import tiny
 
+    kinds = {spec.encoder.kind for spec in preset.tokens.all()}
     bundled = {
-        kind: Path(tiny.__file__).parent / name for kind, name in preset.bundled_weights.items()
+        kind: Path(tiny.__file__).parent / name
+        for kind, name in preset.bundled_weights.items()
+        if kind in kinds
     }
-    return bundled | _weights(given)
+    return bundled | named_weights(given)
 
 
-def _weights(given: Sequence[str]) -> dict[str, Path]:
+def named_weights(given: Sequence[str]) -> dict[str, Path]:
+    """Return the checkpoints that a user gives as NAME=PATH.
+
+    Raises:
+        SchemaError: One is not of this form.
+    """
     weights = {}
     for item in given:
         name, equals, path = item.partition("=")
@@ -180,7 +188,7 @@ def wanted(
             f"{settings[0] if settings else f'--with {with_file}'}: settings change a preset, and none is "
             "named. Encoders of --encoders have no settings."
         )
-    weights: dict[str, Path] = _weights(given_weights)
+    weights: dict[str, Path] = named_weights(given_weights)
     specs: dict[str, tuple[TokenSpec, str | None]] = {}
     for name in presets:
         chosen = configure(name, settings, with_file)
@@ -261,7 +269,7 @@ def spec_of(text: str, store: TokenStore | None = None) -> TokenSpec:
     """Return the spec that a user names.
 
     Args:
-        text: `PRESET/STREAM`, for example v2/audio; a JSON file; or, of a store, the first digits of
+        text: `PRESET/INPUT`, for example v2/audio; a JSON file; or, of a store, the first digits of
             a spec_id, or a stream that has one spec only.
         store: Where to look up a spec_id.
 
@@ -270,17 +278,22 @@ def spec_of(text: str, store: TokenStore | None = None) -> TokenSpec:
         CacheMissError: The store has no such spec, or several.
     """
     from cache.schema import decode_json
-    from cache.spec import STREAMS, TokenSpec
+    from cache.spec import TokenSpec
+    from train.config import INPUTS
 
-    name, slash, stream = text.partition("/")
-    if slash and stream in STREAMS and not Path(text).exists():
-        found: TokenSpec = getattr(configure(name, None).tokens, stream)
-        return found
+    name, slash, wanted = text.partition("/")
+    if slash and wanted in INPUTS and not Path(text).exists():
+        specs = configure(name, None).tokens.by_input()
+        if wanted not in specs:
+            raise SchemaError(
+                f"{text!r}: preset '{name}' has no {wanted} tokens. It has: {', '.join(specs)}."
+            )
+        return specs[wanted]
     if text.endswith(".json"):
         return decode_json(TokenSpec, Path(text).read_bytes(), text)
     if store is None:
         raise SchemaError(
-            f"{text!r} is no spec. Give PRESET/STREAM (v2/audio), a JSON file, or, with --store, the "
+            f"{text!r} is no spec. Give PRESET/INPUT (v2/audio), a JSON file, or, with --store, the "
             "first digits of a spec_id."
         )
     fitting = [s for s in store.specs.values() if text == s.stream or s.spec_id.startswith(text)]

@@ -13,7 +13,13 @@ import typer
 
 from cache.errors import ManifestError, SchemaError
 from eval.verbs.console import DONE, FINDINGS, err, out, verb
-from eval.verbs.run_options import JudgedOption, ProtocolOption, WeightsOption, WheelsOption
+from eval.verbs.run_options import (
+    JudgedOption,
+    ProtocolOption,
+    StageOption,
+    WeightsOption,
+    WheelsOption,
+)
 from eval.verbs.train import ManifestOption, Overrides, StoreOption
 
 SCORES_FILE = "scores.json"
@@ -65,6 +71,7 @@ def benchmark_command(
         str, typer.Option(help="cpu, cuda or cuda:N; auto takes a GPU where there is one.")
     ] = "auto",
     weights: WeightsOption = "final",
+    stage: StageOption = None,
     judged: JudgedOption = None,
 ) -> int:
     """Ask a run about MMEVerse-Bench, score it and lay it out; run again to continue."""
@@ -88,8 +95,10 @@ def benchmark_command(
     rows = _chosen(task or [], [name for r in records.records for name in r.benchmarks])
     tables = _wheels_for(rows, wheels)
     tokens = TokenStore.open(store)
-    trained = load_run(run_dir, str(choose_device(device)), overrides or [], which, records.header)
-    folder = out_dir or run_dir / "benchmark"
+    trained = load_run(
+        run_dir, str(choose_device(device)), overrides or [], which, records.header, stage
+    )
+    folder = out_dir or run_dir / ("benchmark" if stage is None else f"benchmark-{stage}")
     n = sum(
         min(sample or row.n, sum(row.id in r.benchmarks for r in records.records)) for row in rows
     )

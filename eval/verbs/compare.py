@@ -35,7 +35,7 @@ def compare_command(
     ] = None,
     protocol: ProtocolOption = "paper",
     reading: Annotated[
-        str | None, typer.Option(help="How much of a reply is compared: raw, tag or label.")
+        str | None, typer.Option(help="What of a reply is compared: raw, tag, label, last-word.")
     ] = None,
     truths: Annotated[
         Path | None, typer.Option(help="True labels: csv, jsonl or npz; needs --task.")

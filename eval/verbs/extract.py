@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from extract.config import WorkerConfig
     from extract.encoders.bank import EncoderBank
     from extract.engines.options import EngineOptions, EngineState
+    from extract.faces import FaceSource
     from extract.jobs.job import Job
     from extract.plan import Plan
     from extract.sources import MediaSource
@@ -142,7 +143,7 @@ def extract_worker_command(work: WorkOptions, own: WorkerOptions) -> int:
     if not prepared.plan.units:
         return _nothing_to_do(prepared.plan, work.store)
     _check_here(work.device)
-    _check_media(prepared)
+    _check_inputs(prepared)
     store, job = _open_job(prepared, work)
     config = _config(
         prepared, work, store, job,
@@ -172,6 +173,8 @@ class _Prepared:
     bank: EncoderBank
     media_root: str
     plan: Plan
+    faces: FaceSource | None
+    """Where the faces are of which tokens are missing."""
 
 
 def _prepare(work: WorkOptions) -> _Prepared:
@@ -182,6 +185,7 @@ def _prepare(work: WorkOptions) -> _Prepared:
     from eval.verbs.arguments import check_device, choice, compression_of, retry_kinds, wanted
     from extract.config import PRECISIONS
     from extract.encoders.bank import EncoderBank
+    from extract.faces import face_source
     from extract.plan import make_plan
 
     _worker_fields(work)  # so that a value that does not fit is refused before anything is read
@@ -200,17 +204,21 @@ def _prepare(work: WorkOptions) -> _Prepared:
     # Only to learn which weights they are; workers load their own, on their own device.
     bank = EncoderBank(asked.specs, asked.weights, names=asked.names)
     plan = make_plan(
-        manifest.records, bank.specs, _store_if_any(work.store),
+        manifest.records, bank.specs, store_if_any(work.store),
         retry=retry, unit_clips=work.unit_clips,
     )  # fmt: skip
     if work.media_root is None:
         root = str(root_of(manifest, work.manifest))
     else:
         root = work.media_root if is_url(work.media_root) else str(Path(work.media_root).resolve())
-    return _Prepared(asked, work.manifest.resolve(), manifest.records, bank, root, plan)
+    missing = [spec for unit in plan.units for spec in unit.specs]
+    faces = face_source(missing, work.faces)
+    if missing and faces is None and work.faces is not None:
+        logger.warning("--faces %s is not used: no tokens of faces are to be encoded.", work.faces)
+    return _Prepared(asked, work.manifest.resolve(), manifest.records, bank, root, plan, faces)
 
 
-def _store_if_any(where: str) -> TokenStore | None:
+def store_if_any(where: str) -> TokenStore | None:
     """Open a store; None if there is nothing in its place yet.
 
     Raises:
@@ -237,11 +245,12 @@ def _check_here(device: str) -> None:
     check_device(device)
 
 
-def _check_media(prepared: _Prepared) -> MediaSource:
-    """Refuse to fail every clip of a corpus whose media are elsewhere.
+def _check_inputs(prepared: _Prepared) -> MediaSource:
+    """Refuse to fail every clip of a corpus whose media, or tables of faces, are elsewhere.
 
     Raises:
-        ManifestError: More than half of a sample is not there.
+        ManifestError: More than half of a sample of the media, or of the tables, is not there.
+        SchemaError: Two clips would take the same table.
     """
     from extract.sources import check_media, open_source
 
@@ -258,7 +267,33 @@ def _check_media(prepared: _Prepared) -> MediaSource:
                 f"{text} Give the folder that the manifest's media paths start from with --media-root."
             )
         logger.warning("%s They will be recorded as failed (missing).", text)
+    _check_faces(prepared)
     return source
+
+
+def _check_faces(prepared: _Prepared) -> None:
+    from extract.faces import check_tables
+
+    if prepared.faces is None:
+        return
+    todo = {
+        row
+        for unit in prepared.plan.units
+        if any(spec.crop is not None for spec in unit.specs)
+        for row in unit.rows
+    }
+    found = check_tables(prepared.faces, [prepared.records[row] for row in sorted(todo)])
+    if found.n_missing:
+        text = (
+            f"{found.n_missing:,} of {found.n_records:,} clips have no table of their face in "
+            f"{prepared.faces.given}, first: {found.first}."
+        )
+        if 2 * found.n_missing > found.n_records:
+            raise ManifestError(
+                f"{text} Give the folder of OpenFace's tables, one CSV file per clip, with --faces; "
+                "docs/extraction.md says how they are named."
+            )
+        logger.warning("%s Their face tokens will be recorded as failed (faces).", text)
 
 
 def engine_options(run: EngineFlags, device: str) -> EngineOptions:
@@ -347,6 +382,7 @@ def _config(
     return worker_config(
         job, prepared.bank, store,
         manifest=prepared.manifest, media_root=prepared.media_root, session=new_session(),
+        faces=None if prepared.faces is None else prepared.faces.given,
         **_worker_fields(work), **options,
     )  # fmt: skip
 
@@ -405,7 +441,7 @@ def _print_plan(
             out.print(f"{label}: {n:,} clips come from the richer spec {spec_id}", highlight=False)
     calibration = None
     if plan.units:
-        source = _check_media(prepared)
+        source = _check_inputs(prepared)
         n_clips = _CALIBRATION_CLIPS if run.calibrate is None else run.calibrate
         if n_clips:
             calibration = _calibrate(prepared, work, engine, source, n_clips)
@@ -474,6 +510,7 @@ def _config_without_job(
         session="SESSION",
         engine=engine.kind,
         n_decoders=work.decoders or _decoders_of(work, engine),
+        faces=None if prepared.faces is None else prepared.faces.given,
         **_worker_fields(work),
     )
 
@@ -512,7 +549,7 @@ def _run(prepared: _Prepared, work: WorkOptions, run: RunOptions, engine: Engine
 
     if engine.kind in _ON_THIS_MACHINE:
         _check_here(work.device)
-    source = _check_media(prepared)
+    source = _check_inputs(prepared)
     if run.calibrate:
         _calibrate(prepared, work, engine, source, run.calibrate)
     store, job = _open_job(prepared, work)

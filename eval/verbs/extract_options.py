@@ -56,6 +56,13 @@ class WorkOptions:
         str | None,
         typer.Option(help="Folder or URL where the media are now, if not where they were indexed."),
     ] = None
+    faces: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|MODULE:NAME",
+            help="Where faces are, for tokens of faces: a folder of OpenFace's tables, or a detector.",
+        ),
+    ] = None
     retry: Annotated[
         list[str] | None,
         typer.Option(

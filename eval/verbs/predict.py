@@ -17,7 +17,9 @@ from eval.verbs.console import DONE, FINDINGS, err, out, verb
 from eval.verbs.run_options import (
     DeviceOption,
     EncoderWeightsOption,
+    FacesOption,
     SettingsOption,
+    StageOption,
     TranscribeOption,
     WeightsOption,
 )
@@ -82,9 +84,11 @@ def predict_command(
         int | None,
         typer.Option(min=0, help="Frame of strongest expression, for runs that encode it."),
     ] = None,
+    faces: FacesOption = None,
     encoder_weights: EncoderWeightsOption = None,
     settings: SettingsOption = None,
     weights: WeightsOption = "final",
+    stage: StageOption = None,
     device: DeviceOption = "cpu",
     precision: Annotated[
         str,
@@ -129,11 +133,13 @@ def predict_command(
                 run,
                 device=device,
                 weights=one_of_these("--weights", weights, ("final", "best")),
+                stage=stage,
                 encoder_weights=encoder_checkpoints(encoder_weights or ()),
                 overrides=settings or (),
                 header=_header(task, offered),
                 precision=one_of_these("--precision", precision, PRECISIONS),
                 transcriber=None if transcribe is None else _transcriber(transcribe, device),
+                faces=faces,
             )
         )
         if offered is None:

@@ -44,8 +44,9 @@ def score_command(
     reading: Annotated[
         str | None,
         typer.Option(
-            help="What of a reply is compared: raw, tag (the answer tag's content) or label (punctuation "
-            "and aliases forgiven). Default: raw under released, else tag."
+            help="What of a reply is compared: raw, tag (the answer tag's content), label (punctuation and "
+            "aliases forgiven) or last-word (anything not offered is neutral, as Emotion-LLaMA's scorer "
+            "does). Default: raw under released, else tag."
         ),
     ] = None,
     split: Annotated[

@@ -134,7 +134,7 @@ def store_plan(
 @store_app.command("diff")
 @verb
 def store_diff(
-    first: Annotated[str, typer.Argument(metavar="SPEC_A", help="PRESET/STREAM, spec_id or file")],
+    first: Annotated[str, typer.Argument(metavar="SPEC_A", help="PRESET/INPUT, spec_id or file")],
     second: Annotated[str, typer.Argument(metavar="SPEC_B")],
     store: Annotated[
         str | None, typer.Option("--store", help="Store in which spec_ids are looked up.")
@@ -277,6 +277,12 @@ def store_verify(
     media_root: Annotated[
         Path | None, typer.Option(help="Of --deep: where the media are now.")
     ] = None,
+    faces: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|MODULE:NAME", help="Of --deep: where faces are, as in `emocache extract`."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Of --deep: cpu, cuda or cuda:N")] = "cpu",
 ) -> int:
     """Read everything back and compare it with its checksums, its spec and its manifest."""
@@ -300,12 +306,16 @@ def store_verify(
         from eval.tables import recheck_table
         from eval.verbs.arguments import check_device, configure, weights_of
         from extract.encoders.bank import EncoderBank
+        from extract.faces import face_source
         from extract.recheck import recheck
 
         chosen = configure(preset, None)
         check_device(device)
         bank = EncoderBank(chosen.tokens.all(), weights_of(chosen, encoder_weights or []), device)
-        again = recheck(opened, found.records, bank, media_root or root_of(found, manifest), deep)
+        again = recheck(
+            opened, found.records, bank, media_root or root_of(found, manifest), deep,
+            faces=face_source(bank.specs, faces),
+        )  # fmt: skip
         out.print(recheck_table(again))
         is_fine = is_fine and all(one.passed for one in again)
     out.print(
@@ -510,7 +520,7 @@ def store_import(
     assert npy is not None
     if spec is None or manifest is None or name is None:
         raise SchemaError(
-            "--npy needs --spec PRESET/STREAM (what the files are said to be), --manifest and --name."
+            "--npy needs --spec PRESET/INPUT (what the files are said to be), --manifest and --name."
         )
     declared, records = spec_of(spec), read_manifest(manifest).records
     with progress_bar(err, "importing", 0, "files") as bar:
