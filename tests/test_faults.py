@@ -580,7 +580,14 @@ def _bucket(
     return f"s3://{name}/data/store"
 
 
-@pytest.mark.parametrize("kind", ["drop before", "drop after", "cut body"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "cut body",
+        pytest.param("drop before", marks=pytest.mark.slow),
+        pytest.param("drop after", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(
     "every", [7, pytest.param(4, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)]
 )

@@ -396,6 +396,7 @@ def test_a_space_is_looked_up_whatever_the_case() -> None:
         space.canonical("joi", "x.csv")
 
 
+@pytest.mark.slow
 def test_a_large_manifest_streams_in_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "m.parquet"
     with ManifestWriter(path, HEADER) as writer:

@@ -364,7 +364,9 @@ def test_only_the_trained_parts_get_gradients() -> None:
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor:UserWarning"
 )  # of torch.compile
-@pytest.mark.parametrize("option", ["checkpoint_activations", "compile"])
+@pytest.mark.parametrize(
+    "option", ["checkpoint_activations", pytest.param("compile", marks=pytest.mark.slow)]
+)
 def test_execution_options_change_no_number(option: str) -> None:
     preset = demo()
     batch = collate(preset, [_group(0, (5, 3)), _group(1, (8, 2), (3, 2))], _views(preset, 2))

@@ -7,6 +7,8 @@ import random
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, recall_score
@@ -17,13 +19,15 @@ from eval.formats import p_value, signed_points, span
 from eval.metrics import score_single_label
 from eval.predictions import ClipFacts, Prediction
 from eval.report.data import ReportData, ScoreRow
-from eval.report.gather import Group, ScoredGroup, examples_of, joint_task, score_group
+from eval.report.gather import Group, ScoredGroup, examples_of, explaining_task, score_group
 from eval.report.page import write_report
 from eval.results.examples import choice_of, choose_examples
 from eval.scoring.intervals import Interval
 from tests.conftest import key_of
 from tests.media import write_clip
 from tests.test_report import EVIL, Page
+from train.config import Preset
+from train.presets import v1, v2
 from train.tasks import TASK_TABLE
 
 LABELS = ("happy", "sad", EVIL)
@@ -176,15 +180,24 @@ def test_sets_of_labels_are_right_as_a_whole() -> None:
     assert result.likelihoods == ()
 
 
-def test_every_recognition_task_has_its_joint_one() -> None:
+def run_of(preset: Preset) -> Any:
+    """What `explaining_task` looks at of a run."""
+    return SimpleNamespace(preset=preset)
+
+
+def test_every_recognition_task_is_explained_by_its_joint_one() -> None:
     for task, row in TASK_TABLE.items():
-        found = joint_task(task)
-        if row.joint or row.label in (None, "emotion_ov"):
+        found = explaining_task(task, run_of(v2()))
+        if row.joint:
             assert found is None
-        else:
+        elif row.label not in (None, "emotion_ov"):
             assert found is not None
             assert TASK_TABLE[found].joint
             assert TASK_TABLE[found].label == row.label
+
+
+def test_the_predecessor_explains_by_its_task_of_reasoning() -> None:
+    assert explaining_task("emotion", run_of(v1())) == "reason"
 
 
 def record_of(uid: str, media: str) -> Record:

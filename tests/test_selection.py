@@ -422,6 +422,7 @@ def test_a_wrong_uid_names_the_near_miss(wrong: str, tmp_path: Path) -> None:
         find_record(path, wrong)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_records(tmp_path: Path) -> None:
     """A child merges, filters and deduplicates 30,000 records with long texts: 60 MB of text."""
     from cache.manifest import ManifestWriter

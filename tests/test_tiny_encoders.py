@@ -159,6 +159,7 @@ def _features(
     return np.stack(pictures), np.stack(sounds), [row.label for row in rows]
 
 
+@pytest.mark.slow
 def test_both_streams_together_name_the_emotion_and_neither_alone_does() -> None:
     picture, sound, labels = _features(180, seed=77)
     n_train = 120

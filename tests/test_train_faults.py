@@ -151,6 +151,7 @@ def is_finished(run: Path) -> bool:
 # ---------------------------------------------------------------------------- kills and signals
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_a_run_loses_nothing(
     corpus: Corpus, calm: Path, tmp_path: Path, survived: Survived
 ) -> None:
