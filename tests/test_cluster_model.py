@@ -518,6 +518,7 @@ def test_the_program_prints_saves_and_prices(
     assert f"{2.5 * hours:.3g}" in printed
 
 
+@pytest.mark.slow
 def test_the_plot_of_equal_runs_is_the_same_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

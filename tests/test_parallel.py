@@ -192,7 +192,7 @@ def assert_close_runs(
             assert moved < 5e-3, (stage, name, moved)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("parallel", KINDS)
 def test_two_processes_train_as_one_that_accumulates(
     corpus: Corpus, alone: dict[int, Path], tmp_path: Path, parallel: Parallel, accumulate: int
@@ -217,7 +217,7 @@ def test_two_processes_train_as_one_that_accumulates(
     assert_close_runs(run, expected)
 
 
-@pytest.mark.parametrize("first", ["fsdp of two", "one"])
+@pytest.mark.parametrize("first", ["fsdp of two", pytest.param("one", marks=pytest.mark.slow)])
 def test_a_checkpoint_goes_on_with_another_number_of_processes(
     corpus: Corpus, alone: dict[int, Path], tmp_path: Path, first: str
 ) -> None:

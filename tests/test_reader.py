@@ -257,7 +257,7 @@ def _first_tokens(root: Path, specs: Specs, reader: TokenReader | None, out: obj
     out.put("right")  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_a_reader_works_in_another_process_while_threads_read_here(
     root: Path, specs: Specs, method: str
 ) -> None:

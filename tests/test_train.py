@@ -372,6 +372,7 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(
     assert train(short(), manifest, path, store, run).n_steps == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_continues(
     corpus: tuple[Manifest, Path, TokenStore], tmp_path: Path
 ) -> None:

@@ -246,6 +246,7 @@ def copies(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return run, sorted(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_a_kill_before_any_step_in_the_files_loses_nothing(
     corpus: Corpus, copies: tuple[Path, list[Path]], tmp_path: Path, survived: Survived
 ) -> None:
