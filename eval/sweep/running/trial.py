@@ -261,7 +261,7 @@ class _Asked:
     def replies(self, column: ScoreColumn) -> Path:
         """Return the predictions that a column scores: a file, or the folder of a benchmark."""
         if column.kind == "benchmark":
-            return self._benchmark(column)
+            return self._benchmark()
         reading = "" if column.reading == "label" else f"-{column.reading}"
         path = self._folder / f"{column.split}-{column.task}{reading}" / PREDICTIONS_FILE
         if path not in self._written:
@@ -310,22 +310,27 @@ class _Asked:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_predictions(path, found)
 
-    def _benchmark(self, column: ScoreColumn) -> Path:
+    def _benchmark(self) -> Path:
         from eval.asking.ask import ask_benchmarks
 
-        # Columns over the same sets are asked once; `ask_benchmarks` goes on where it was killed.
-        digest = hashlib.sha256(",".join(column.sets).encode()).hexdigest()[:8]
+        # Asked together, a set that several columns average is asked once, and questions about one clip
+        # share its prefix. `ask_benchmarks` goes on where it was killed.
+        columns = [column for column in self._order.scores if column.kind == "benchmark"]
+        sets = tuple(dict.fromkeys(name for column in columns for name in column.sets))
+        digest = hashlib.sha256(",".join(sets).encode()).hexdigest()[:8]
         folder = self._folder / f"benchmark-{digest}"
-        ask_benchmarks(
-            self._trained,
-            self._store,
-            self._manifest,
-            column.sets,
-            folder,
-            batch_size=self._order.batch_size,
-            max_new_tokens=_LONGEST[self._order.scale],
-            on_replies=self._count,
-        )
+        if folder not in self._written:
+            ask_benchmarks(
+                self._trained,
+                self._store,
+                self._manifest,
+                sets,
+                folder,
+                batch_size=self._order.batch_size,
+                max_new_tokens=_LONGEST[self._order.scale],
+                on_replies=self._count,
+            )
+            self._written.add(folder)
         return folder
 
     def _count(self, n: int) -> None:
