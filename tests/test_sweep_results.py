@@ -456,6 +456,17 @@ def test_rows_of_the_plot_can_be_told_apart(tmp_path: Path, table: SweepTable) -
     assert ">EVA (video)<" in svg
 
 
+def test_first_cells_that_differ_name_the_rows_of_the_plot(tmp_path: Path) -> None:
+    given = [SweepRow(name="a", cells=("Frame", "first")), SweepRow(name="b", cells=("BOS", "2"))]
+    sweep = sweep_of(given, columns=("Choice", "Value"))
+    done = {"a": {42: right(4)}, "b": {42: right(5)}}
+    found = read_table(write_sweep(tmp_path, sweep, done), n_samples=50, n_swaps=50)
+    svg = draw_table(found)["rows"].svg
+    assert ">Frame<" in svg
+    assert ">BOS<" in svg
+    assert "first" not in svg
+
+
 def test_values_that_are_no_numbers_stand_beside_one_another(tmp_path: Path) -> None:
     given = [SweepRow(name=kind, set={"model.fusion.kind": kind}) for kind in ("conv", "none")]
     sweep = sweep_of(given, plot=Axis(key="model.fusion.kind", heading="Pre-fusion"))

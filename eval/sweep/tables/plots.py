@@ -267,11 +267,17 @@ def _rows_down(rows: Sequence[TableRow]) -> tuple[list[float], dict[float, str]]
 
 
 def _titles(table: SweepTable) -> list[str]:
-    """Return each row's cells in one line, without empty ones; rows that look alike say what each cell is."""
+    """Return each row's cells in one line, without empty ones; rows that look alike say what each cell is.
+
+    Where the first cells tell all rows apart, they stand alone: what follows explains them.
+    """
     found: list[dict[str, str]] = []
     for row in table.rows:
         cells = zip(table.columns, row.cells, strict=False)
         found.append({head: c for head, c in cells if c.strip(" -\N{EN DASH}\N{EM DASH}")})
+    firsts = [own.get(table.columns[0], "") for own in found]
+    if all(firsts) and len({*firsts}) == len(firsts):
+        return firsts
     short = [
         " + ".join(own.values()) or row.name for own, row in zip(found, table.rows, strict=True)
     ]
