@@ -9,7 +9,7 @@ import numpy as np
 
 from eval.predictions import Prediction, write_predictions
 from eval.sweep.schema import Row, Scale, ScoreColumn, SweepFile, SweepRow, TrialResult
-from eval.sweep.state import Begun, BegunTrial, begin, write_result
+from eval.sweep.state import Begun, BegunTrial, begin, fail, write_result
 from eval.sweep.tables.statistics import score_of, side_of
 from train.config import Preset, configure
 from train.presets import preset
@@ -132,17 +132,7 @@ def write_sweep(
         if came_to is None:
             continue
         if isinstance(came_to, str):
-            write_result(
-                out,
-                TrialResult(
-                    row=trial.row,
-                    seed=trial.seed,
-                    run_key=trial.run_key,
-                    status="failed",
-                    failed_step="train",
-                    reason=came_to,
-                ),
-            )
+            fail(out, [trial], "train", came_to)
             continue
         folder = out / "trials" / trial.name
         folder.mkdir(parents=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from cache.labels import LabelSpace
 from eval.live.answer import LiveModel
 from extract.corpora.demo import write_demo_corpus
 from tests.app_fakes import HOSTILE, THOUGHT, Served
+from tests.browser import chromium
 from train.checkpoint import save_trained
 from train.model import build
 from train.presets import demo
@@ -34,16 +34,9 @@ _CHROMIUM = [
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next((found for name in names if (found := shutil.which(name))), None)
-    if program is None:
-        pytest.skip(f"needs a Chromium on PATH: {', '.join(names)}")
-    api = pytest.importorskip("playwright.sync_api")
     pytest.importorskip("gradio")
-    with api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=program, args=_CHROMIUM)
+    with chromium(_CHROMIUM) as found:
         yield found
-        found.close()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +16,7 @@ from eval.results.comparison import Comparison
 from eval.results.sides import ComparedRun, Run, Side, Unit
 from eval.scoring.result import Item
 from eval.scoring.rules import accuracy
+from tests.browser import chromium
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -138,17 +138,8 @@ def test_terminal_shows_a_line_per_run() -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next((found for name in names if (found := shutil.which(name))), None)
-    if program is None:
-        pytest.skip(f"needs a Chromium on PATH: {', '.join(names)}")
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(
-            executable_path=program, args=["--no-sandbox", "--disable-gpu"]
-        )
+    with chromium() as found:
         yield found
-        found.close()
 
 
 @pytest.mark.parametrize("width", [1280, 390])

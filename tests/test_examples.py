@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,6 +43,7 @@ from eval.results.pictures import (
     waveform_path,
 )
 from eval.scoring.result import Item
+from tests.browser import chromium
 from tests.media import stamp_of, write, write_clip, write_wav
 from tests.test_report import report_data
 
@@ -323,18 +323,9 @@ def test_the_component_escapes_and_loads_nothing(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next((found for name in names if (found := shutil.which(name))), None)
-    if program is None:
-        pytest.skip(f"needs a Chromium on PATH: {', '.join(names)}")
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(
-            executable_path=program, args=["--no-sandbox", "--disable-gpu"]
-        )
+def browser() -> Iterator[Browser]:
+    with chromium() as found:
         yield found
-        found.close()
 
 
 def visible(page: Page) -> list[str]:
@@ -343,12 +334,10 @@ def visible(page: Page) -> list[str]:
     ]
 
 
-def test_filters_work_without_a_script(chromium: Browser, tmp_path: Path) -> None:
+def test_filters_work_without_a_script(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     path.write_text(page_of(browser_of(2, tmp_path)), encoding="utf-8")
-    context = chromium.new_context(
-        java_script_enabled=False, viewport={"width": 390, "height": 800}
-    )
+    context = browser.new_context(java_script_enabled=False, viewport={"width": 390, "height": 800})
     requests: list[str] = []
     page = context.new_page()
     page.on("request", lambda request: requests.append(request.url))
@@ -370,12 +359,12 @@ def test_filters_work_without_a_script(chromium: Browser, tmp_path: Path) -> Non
     context.close()
 
 
-def test_clips_play_and_nothing_overflows(chromium: Browser, tmp_path: Path) -> None:
+def test_clips_play_and_nothing_overflows(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     path.write_text(page_of(browser_of(1, tmp_path)), encoding="utf-8")
     complaints: list[str] = []
     for width in (360, 1200):
-        page = chromium.new_page(viewport={"width": width, "height": 800})
+        page = browser.new_page(viewport={"width": width, "height": 800})
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda said: complaints.append(said.text))
         page.goto(path.as_uri())
@@ -400,13 +389,13 @@ def test_clips_play_and_nothing_overflows(chromium: Browser, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1200, "light")])
 def test_a_whole_report_in_a_browser(
-    chromium: Browser, tmp_path: Path, width: int, scheme: Literal["dark", "light"]
+    browser: Browser, tmp_path: Path, width: int, scheme: Literal["dark", "light"]
 ) -> None:
     data = report_data(examples=browser_of(1, tmp_path))
     html, _ = write_report(data, tmp_path)
     assert html.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     complaints: list[str] = []
-    page = chromium.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page.on("console", lambda said: complaints.append(said.text))
     page.goto(html.as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ import pytest
 
 from eval.results.data import ResultsData
 from eval.results.page import run_scores, write_results
+from tests.browser import chromium, sticks_out
 from tests.results import made_up
 from tests.test_results import emer, mme
 
@@ -23,17 +23,8 @@ PRINTED_PX = 703
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next((found for name in names if (found := shutil.which(name))), None)
-    if program is None:
-        pytest.skip(f"needs a Chromium on PATH: {', '.join(names)}")
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(
-            executable_path=program, args=["--no-sandbox", "--disable-gpu"]
-        )
+    with chromium() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +46,6 @@ def page(browser: Browser, report: Path) -> Iterator[Page]:
     yield found
     found.close()
     assert complaints == []
-
-
-def sticks_out(page: Page) -> list[str]:
-    """Return what is wider than the window and not inside a box that scrolls."""
-    found: list[str] = page.evaluate(
-        """() => [...document.querySelectorAll("body *")]
-        .filter(e => e.getBoundingClientRect().right > innerWidth + 1
-            && (!e.closest(".wide") || getComputedStyle(e.closest(".wide")).overflowX == "visible"))
-        .map(e => e.tagName + " " + (e.className.baseVal ?? e.className))"""
-    )
-    return found
 
 
 def test_what_sticks_out_is_found(page: Page) -> None:

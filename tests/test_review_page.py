@@ -21,6 +21,7 @@ from extract.annotate.people.agreement import agreement
 from extract.annotate.people.review import ASPECTS, Rating, read_ratings
 from extract.corpora.demo import write_demo_corpus
 from extract.media import probe
+from tests.browser import chromium
 from tests.media import sine, write
 
 if TYPE_CHECKING:
@@ -38,15 +39,8 @@ _LOOPBACK_ONLY = ["--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-ge
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next((found for name in names if (found := shutil.which(name))), None)
-    if program is None:
-        pytest.skip(f"needs a Chromium on PATH: {', '.join(names)}")
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=program, args=_LOOPBACK_ONLY)
+    with chromium(_LOOPBACK_ONLY) as found:
         yield found
-        found.close()
 
 
 @pytest.fixture

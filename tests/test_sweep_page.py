@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import pytest
 from eval.predictions import Prediction
 from eval.sweep.schema import SweepRow
 from eval.sweep.tables.results import write_results
+from tests.browser import chromium, sticks_out
 from tests.sweep_results import ACCURACY, F1, replies, sweep_of, write_sweep
 
 if TYPE_CHECKING:
@@ -23,17 +23,8 @@ PRINTED_PX = 1032
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next((found for name in names if (found := shutil.which(name))), None)
-    if program is None:
-        pytest.skip(f"needs a Chromium on PATH: {', '.join(names)}")
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(
-            executable_path=program, args=["--no-sandbox", "--disable-gpu"]
-        )
+    with chromium() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")
@@ -71,29 +62,17 @@ def page(browser: Browser, path: Path) -> Iterator[Page]:
     assert complaints == []
 
 
-def sticks_out(page: Page) -> list[str]:
-    """Return what is wider than the window and not inside a box that scrolls."""
-    found: list[str] = page.evaluate(
-        """() => [...document.querySelectorAll("body *")]
-        .filter(e => e.getBoundingClientRect().right > innerWidth + 1
-            && (!e.closest(".wide, pre")
-                || getComputedStyle(e.closest(".wide, pre")).overflowX == "visible"))
-        .map(e => e.tagName + " " + (e.className.baseVal ?? e.className))"""
-    )
-    return found
-
-
 @pytest.mark.parametrize("width", [1280, 800, 390])
 def test_nothing_sticks_out_on_any_screen(page: Page, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 900})
-    assert sticks_out(page) == []
+    assert sticks_out(page, ".wide, pre") == []
     assert page.evaluate("document.documentElement.scrollWidth") == width
 
 
 def test_nothing_sticks_out_in_print(page: Page) -> None:
     page.set_viewport_size({"width": PRINTED_PX, "height": 700})
     page.emulate_media(media="print")
-    assert sticks_out(page) == []
+    assert sticks_out(page, ".wide, pre") == []
 
 
 def test_the_first_column_stays_when_the_table_scrolls(page: Page) -> None:
