@@ -280,7 +280,30 @@ class _Supervisor:
             if self._loops.failures[host] > 1 and self._options.kind in BATCH_KINDS:
                 self._close_workers([address])  # the batch system may give us a better machine
             else:
-                self._client.restart_workers([address], timeout=_RPC_S, raise_for_error=False)
+                self._restart_worker(self._client, address)
+
+    def _restart_worker(self, client: Client, address: str) -> None:
+        """Have its nanny start the process anew, without waiting: other workers and the user may have news.
+
+        `Client.restart_workers` waits until the new process is there, many seconds on a loaded machine.
+        """
+        scheduler: Any = client.scheduler
+
+        async def restart() -> None:
+            try:
+                await scheduler.restart_workers(
+                    workers=[address],
+                    timeout=_RPC_S,
+                    wait_for_workers=False,
+                    on_error="return",
+                    stimulus_id=f"emocache-restart-{time.time()}",
+                )
+            except OSError as error:  # Dask's errors of communication are such, too
+                logger.warning("the worker on %s could not be restarted: %s", address, _text(error))
+
+        # Nothing starts there until it is gone: the new process has another address, or the time is over.
+        self._loops.resting[address] = time.monotonic() + 2 * _RPC_S
+        client.loop.add_callback(restart)
 
     # ---------------------------------------------------------------- starting
 
