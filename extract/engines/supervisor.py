@@ -303,6 +303,7 @@ class _Supervisor:
 
         # Nothing starts there until it is gone: the new process has another address, or the time is over.
         self._loops.resting[address] = time.monotonic() + 2 * _RPC_S
+        assert client.loop is not None, "it is connected"
         client.loop.add_callback(restart)
 
     # ---------------------------------------------------------------- starting
