@@ -16,8 +16,8 @@ from train_setup import OnlineReader, Subject
 from cache.clip import Record
 from cache.spec import STREAMS
 from cache.store import TokenStore
+from train.batches.loading import to_device
 from train.data import PrefixBatch, collate
-from train.loading import to_device
 from train.mixture import Ask
 
 N_NEW = 4

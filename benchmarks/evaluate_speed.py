@@ -13,8 +13,8 @@ from train_report import Result, middle, number, paired, table
 from train_setup import Subject
 
 from cache.clip import Record
+from train.batches.loading import to_device
 from train.data import Group, PrefixBatch
-from train.loading import to_device
 from train.mixture import Ask
 
 SHORT = 3

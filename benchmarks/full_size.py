@@ -135,8 +135,8 @@ def training(work: Path, results: Path) -> None:
     import train.loop as loop
     from cache.manifest import read_manifest
     from cache.store import TokenStore
-    from train.backbone import llm_path
     from train.config import configure
+    from train.llm.backbone import llm_path
     from train.model import EmotionLlama
     from train.presets import demo, v2
 

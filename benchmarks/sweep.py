@@ -7,9 +7,9 @@
   encodes what it reads into a store of its own. Then every run is trained once; training is the same in
   both. CPU seconds of all processes count beside wall seconds, since other work may share the machine.
 - predicted: the same rows at full size on 129,218 clips, by the sweep's own planner. Operations by formula
-  (`extract.costs`, `train.costs`); CPU seconds per clip from full-width networks of two depths, random
-  weights, one thread: blocks are alike, so that the rest is a straight line. One whole network says how
-  straight. Decoding is measured on real clips, where there are some.
+  (`extract.costs`, `train.estimates.costs`); CPU seconds per clip from full-width networks of two depths,
+  random weights, one thread: blocks are alike, so that the rest is a straight line. One whole network says
+  how straight. Decoding is measured on real clips, where there are some.
 - shipped: every shipped sweep at full size, counted: encodings with reuse and without. Where rows name
   corpora, these are taken to be of one size.
 
@@ -64,8 +64,8 @@ from extract.plan import make_plan  # noqa: E402
 from extract.run import extract  # noqa: E402
 from extract.sources import open_source  # noqa: E402
 from extract.tiny.made_up import of_one_width, write_checkpoint  # noqa: E402
-from train.backbone import llm_path  # noqa: E402
 from train.config import Preset  # noqa: E402
+from train.llm.backbone import llm_path  # noqa: E402
 from train.loop import train  # noqa: E402
 from train.presets import demo  # noqa: E402
 

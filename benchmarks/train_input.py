@@ -22,15 +22,15 @@ from train_setup import QUICK_SCALE, Scale, Subject
 
 from cache.spec import STREAMS
 from cache.store import TokenStore
+from train.batches.loading import Loader
+from train.batches.reading import ViewReader
 from train.checkpoint import TrainState
 from train.config import StageConfig
-from train.interrupt import Interrupt
-from train.loading import Loader
 from train.packing import Pack, PlanState
-from train.parallel import Processes
-from train.reading import ViewReader
-from train.run import versions
-from train.stage import StageTrainer
+from train.running.interrupt import Interrupt
+from train.running.parallel import Processes
+from train.running.run import versions
+from train.running.stage import StageTrainer
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "nothing cached": ("audio", "video", "image"),

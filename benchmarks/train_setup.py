@@ -25,16 +25,16 @@ from cache.manifest import Header
 from cache.reader import TokenReader
 from cache.spec import STREAMS, Stream, TokenSpec
 from cache.store import TokenStore
-from train.backbone import TINY_LLM, decoder_layers, load_tokenizer
+from train.batches.loading import to_device
+from train.batches.reading import ViewReader, Views
 from train.config import DataConfig, ExecutionConfig, LlmConfig, Preset, StageConfig, Tokens
 from train.data import PrefixBatch, Renderer, collate, model_arguments
-from train.loading import to_device
+from train.llm.backbone import TINY_LLM, decoder_layers, load_tokenizer
 from train.mixture import Mixture
 from train.model import EmotionLlama
 from train.packing import Grouper, Pack, Planner
 from train.presets import v2
-from train.reading import ViewReader, Views
-from train.stage import make_optimizer
+from train.running.stage import make_optimizer
 
 if TYPE_CHECKING:
     from extract.encoders.bank import EncoderBank

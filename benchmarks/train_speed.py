@@ -24,8 +24,8 @@ from train_input import Bench, named, packs
 from train_report import Result, middle, paired, say
 from train_setup import FULL_SCALE, QUICK_SCALE, Subject
 
-from train.attention import attention_of
 from train.data import Group, PrefixBatch
+from train.llm.attention import attention_of
 from train.packing import Pack
 
 PAPER_SAMPLES = 400_000

@@ -42,8 +42,8 @@ from eval.report.gather import (
 from eval.report.history import read_history
 from eval.report.page import write_report
 from eval.results.examples import choice_of, choose_examples
-from train.reading import ViewReader, usable
-from train.tasks import SEVERAL_LABELS, TASK_TABLE, check_task
+from train.batches.reading import ViewReader, usable
+from train.text.tasks import SEVERAL_LABELS, TASK_TABLE, check_task
 
 N_EXAMPLES = 24
 """Clips that a report shows one by one."""

@@ -16,19 +16,19 @@ from cache.spec import STREAMS
 from cache.store import TokenStore
 from eval.parse import ParseHow, parse_labels, parse_reply
 from eval.predictions import ClipFacts, Prediction
-from train.backbone import context_length
+from train.batches.loading import to_device
+from train.batches.reading import ViewReader
 from train.checkpoint import best_folder, load_trained
 from train.config import Preset, configure
 from train.data import Group, PrefixBatch, Renderer, collate
-from train.loading import to_device
+from train.llm.backbone import context_length
 from train.mixture import Ask
 from train.model import EmotionLlama, build
 from train.packing import Grouper
 from train.prompt import RENDERER_VERSION, neutralise
-from train.reading import ViewReader
-from train.run import RunInfo, read_run
-from train.tasks import SEVERAL_LABELS, TASK_TABLE, check_task
-from train.wording import Wording
+from train.running.run import RunInfo, read_run
+from train.text.tasks import SEVERAL_LABELS, TASK_TABLE, check_task
+from train.text.wording import Wording
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from tests.browser import chromium
 from train.checkpoint import save_trained
 from train.model import build
 from train.presets import demo
-from train.run import RunInfo, write_run
+from train.running.run import RunInfo, write_run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -34,14 +34,14 @@ from tests.asking import N_TOKENS, SETS, ask, ask_and_die
 from tests.bench import bench_manifest, write_bench_store
 from tests.conftest import key_of, make_clip
 from tests.training import end, make_corpus, start
-from train.attention import attention_of
+from train.batches.reading import ViewReader
 from train.config import configure
 from train.data import Renderer
+from train.llm.attention import attention_of
 from train.loop import train
 from train.mixture import Ask
 from train.presets import demo
-from train.reading import ViewReader
-from train.wording import Wording
+from train.text.wording import Wording
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 

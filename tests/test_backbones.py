@@ -28,7 +28,9 @@ from cache.store import TokenStore
 from eval.generate import generate, load_run
 from tests.test_model import _gradients, _group, _loss, _masked_views, _replies, _rows
 from tests.training import make_corpus
-from train.backbone import (
+from train.config import ExecutionConfig, LlmConfig, LoraConfig, Preset, configure
+from train.data import Group, Renderer, collate
+from train.llm.backbone import (
     context_length,
     decoder_layers,
     linear_names,
@@ -37,8 +39,6 @@ from train.backbone import (
     load_tokenizer,
     with_lora,
 )
-from train.config import ExecutionConfig, LlmConfig, LoraConfig, Preset, configure
-from train.data import Group, Renderer, collate
 from train.loop import train
 from train.mixture import Ask
 from train.model import EmotionLlama

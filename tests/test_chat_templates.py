@@ -21,9 +21,9 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from cache.errors import SchemaError
-from train.instructions import load_instructions
 from train.prompt import HEAD, PromptTokens, RenderedPrompt, render, tokenize
-from train.turns import Turns, turns_of
+from train.text.instructions import load_instructions
+from train.text.turns import Turns, turns_of
 
 LABELS = ("happy", "sad")
 SUBTITLE = "I said no, twice."

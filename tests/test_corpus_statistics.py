@@ -19,7 +19,7 @@ from eval.corpora.statistics import CorpusStatistics, Histogram, measure_corpus,
 from extract.annotate.evidence.action_units import load_units, unit_frequencies
 from extract.corpora.registry import corpus_ids, corpus_row
 from tests.small_corpora import header, record, write
-from train.tasks import TASK_TABLE, available_tasks
+from train.text.tasks import TASK_TABLE, available_tasks
 
 CREATED = "2026-01-02T03:04:05+00:00"
 

@@ -138,7 +138,7 @@ def test_show_renders_what_training_asks(
 
 
 def test_the_options_and_the_template_are_those_of_the_prompt(manifest: Path) -> None:
-    from train.instructions import LABELS_SLOT, load_instructions
+    from train.text.instructions import LABELS_SLOT, load_instructions
 
     head = read_header(manifest)
     pools = load_instructions(None)

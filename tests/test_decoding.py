@@ -12,18 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Gemma2Config, MistralConfig, PretrainedConfig
 
-import train.decoding as decoding
+import train.llm.decoding as decoding
 from tests.test_backbones import BACKBONES, SIZES, preset_for
 from tests.test_backbones import model_of as model_around
 from tests.test_model import _group, _loss, _masked_views, _rows, tiny_llm
-from train.attention import Segments
+from train.batches.reading import Views
 from train.config import ExecutionConfig, Preset, configure
 from train.data import Group, PrefixBatch, Question, collate
-from train.decoding import Prompts, RowCache
+from train.llm.attention import Segments
+from train.llm.decoding import Prompts, RowCache
 from train.model import EmotionLlama
 from train.presets import demo
 from train.prompt import PromptTokens
-from train.reading import Views
 
 STOPS = (2, 11, 17, 30)
 """Several, so that replies of random weights end at different steps."""

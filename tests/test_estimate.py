@@ -22,18 +22,19 @@ from cache.spec import TokenSpec
 from cache.store import TokenStore
 from tests.conftest import key_of, make_clip
 from tests.training import described, header_of
-from train import backbone, costs, estimate
-from train.backbone import empty_llm, llm_path
+from train.batches.reading import ViewReader
 from train.config import Preset, configure
-from train.costs import Costs, Memory, Work
 from train.data import Group, PrefixBatch, Question, Renderer, collate, model_arguments
-from train.estimate import lines
+from train.estimates import costs, estimate
+from train.estimates.costs import Costs, Memory, Work
+from train.estimates.estimate import lines
+from train.llm import backbone
+from train.llm.backbone import empty_llm, llm_path
 from train.mixture import Ask
 from train.model import EmotionLlama, build
 from train.packing import Grouper
 from train.presets import demo, v2
 from train.prompt import PromptTokens
-from train.reading import ViewReader
 
 # transformers 5 asks for another name of what train.model calls.
 pytestmark = pytest.mark.filterwarnings(

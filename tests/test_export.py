@@ -17,12 +17,12 @@ from cache.manifest import Header, Manifest, iter_records, read_header, write_ma
 from tests.conftest import key_of
 from train.config import configure
 from train.data import Renderer
-from train.export import export_conversations, preview
-from train.instructions import load_instructions
 from train.mixture import Ask
 from train.presets import demo, v2
 from train.prompt import RENDERER_VERSION
-from train.tasks import available_tasks
+from train.text.export import export_conversations, preview
+from train.text.instructions import load_instructions
+from train.text.tasks import available_tasks
 
 HEADER = Header(
     media_root="media",

@@ -15,17 +15,17 @@ from cache.clip import Description, Record, Subtitle
 from cache.labels import LabelSpace
 from cache.manifest import Header
 from train.config import Preset, configure
-from train.instructions import (
+from train.mixture import Ask
+from train.presets import demo
+from train.text.instructions import (
     MAX_EXAMPLES,
     InstructionPools,
     choose_task,
     choose_text,
     load_instructions,
 )
-from train.mixture import Ask
-from train.presets import demo
-from train.tasks import TASK_TABLE, TASKS, Task, available_tasks
-from train.wording import Wording
+from train.text.tasks import TASK_TABLE, TASKS, Task, available_tasks
+from train.text.wording import Wording
 
 SPACES = {
     "tv/emotion": LabelSpace(name="tv/emotion", labels=("joy", "anger", "neutral")),

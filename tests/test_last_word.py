@@ -25,8 +25,8 @@ from tests.predecessor import small
 from tests.scoring_rows import rows_of, score, write
 from tests.training import described, header_of
 from train.checkpoint import trained_tensors
-from train.importing import import_run
 from train.model import build
+from train.published.importing import import_run
 
 LABELS = ("neutral", "angry", "happy", "Sad")
 

@@ -18,10 +18,10 @@ from eval.live.looks import seen_panel
 from extract.encoders.bank import EncoderBank
 from tests.media import sine, write, write_clip, write_wav
 from tests.training import make_corpus
+from train.batches.reading import ViewReader
 from train.config import Preset, configure
 from train.loop import train
 from train.presets import demo
-from train.reading import ViewReader
 
 NO_FUSION = "model.fusion.kind=none"
 

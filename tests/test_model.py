@@ -11,14 +11,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cache.clip import Clip, Record
 from train.adapters import ModalAdapters
-from train.attention import attention_of
+from train.batches.reading import Views
 from train.config import ExecutionConfig, FusionKind, Preset, configure
 from train.data import Group, PrefixBatch, Question, collate, model_arguments
 from train.fusion import ConvAttention
+from train.llm.attention import attention_of
 from train.model import EmotionLlama
 from train.presets import PRESETS, demo, v2
 from train.prompt import PromptTokens
-from train.reading import Views
 
 
 @pytest.fixture(scope="module")

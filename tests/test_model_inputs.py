@@ -22,20 +22,20 @@ from cache.spec import TokenSpec
 from cache.store import TokenStore
 from eval.generate import check_masked, generate, load_run
 from tests.training import make_corpus
-from train.attention import attention_of
+from train.batches.reading import ViewReader, Views, usable
 from train.checkpoint import last_checkpoint
 from train.config import FUSED, FusionConfig, FusionKind, Preset, configure
 from train.data import Group, Question, Renderer, collate, model_arguments, prefix_masks
-from train.estimate import estimate, lines
+from train.estimates.estimate import estimate, lines
 from train.fusion import PreFusion, fused_mask, make_fusion
+from train.llm.attention import attention_of
 from train.loop import train
 from train.mixture import Ask, Mixture, can_answer
 from train.model import EmotionLlama, build
 from train.packing import Grouper
 from train.presets import demo
 from train.prompt import PromptTokens
-from train.reading import ViewReader, Views, usable
-from train.tasks import TASK_TABLE
+from train.text.tasks import TASK_TABLE
 
 NO_FUSION = "model.fusion.kind=none"
 SHORT = [

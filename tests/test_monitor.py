@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cache.errors import MissingDependencyError
-from train.monitor import Doctor, Monitor, StepLosses, check_trackers, flat
+from train.running.monitor import Doctor, Monitor, StepLosses, check_trackers, flat
 
 
 def test_settings_are_flattened_under_dotted_names() -> None:
@@ -32,7 +32,7 @@ def test_rows_of_steps_that_run_again_are_dropped(tmp_path: Path) -> None:
 def test_a_service_that_is_not_installed_is_refused_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("train.monitor.find_spec", lambda name: None)
+    monkeypatch.setattr("train.running.monitor.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"--track wandb.*pip install wandb"):
         check_trackers(["wandb"])
     check_trackers([])

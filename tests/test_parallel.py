@@ -38,12 +38,12 @@ from tests.training import (
     tensors_of,
     train_arguments,
 )
-from train import stage as stage_module
 from train.config import configure
 from train.loop import train
 from train.model import EmotionLlama, build
-from train.parallel import Parallel, Processes, fill, whole
 from train.presets import demo
+from train.running import stage as stage_module
+from train.running.parallel import Parallel, Processes, fill, whole
 
 SMALL = [
     "stages.0.optim.batch_size=2", "stages.1.optim.batch_size=2", "stages.0.optim.warmup_steps=2",

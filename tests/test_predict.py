@@ -28,9 +28,9 @@ from extract import tiny
 from extract.annotate.evidence.transcribe import Transcriber
 from tests.raw_clips import Made, make_run
 from tests.test_transcribe import hears_nothing, save, says
+from train.batches.reading import ViewReader
 from train.data import Group, collate, model_arguments
 from train.mixture import Ask
-from train.reading import ViewReader
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),

@@ -23,9 +23,9 @@ from eval.live.files import find_clips
 from extract.encoders.bank import EncoderBank
 from tests.conftest import key_of
 from tests.media import sine, stamp_of, stamped, write, write_clip, write_wav
+from train.batches.reading import ViewReader
 from train.config import configure
 from train.presets import demo
-from train.reading import ViewReader
 
 
 @pytest.fixture(scope="module")

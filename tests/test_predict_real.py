@@ -17,8 +17,8 @@ from extract.index import index_folder
 from extract.plan import make_plan
 from extract.run import extract
 from tests.raw_clips import make_run
+from train.batches.reading import ViewReader
 from train.presets import demo
-from train.reading import ViewReader
 
 pytestmark = [
     pytest.mark.slow,

@@ -18,6 +18,7 @@ from cache.spec import TokenSpec, differences
 from cache.store import TokenStore
 from eval.generate import generate, load_run
 from tests.conftest import key_of, make_clip
+from train.batches.reading import ViewReader
 from train.config import Preset, configure
 from train.data import Renderer, collate
 from train.loop import train
@@ -25,9 +26,8 @@ from train.mixture import Ask
 from train.model import EmotionLlama, build
 from train.packing import Grouper
 from train.presets import v1, v2, v2_released
-from train.reading import ViewReader
+from train.running.stage import learning_rates
 from train.scaling import at_demo_scale
-from train.stage import learning_rates
 
 NINE = ("neutral", "angry", "happy", "sad", "worried", "surprise", "fear", "contempt", "doubt")
 """Labels of the predecessor (reference facts, section 9)."""

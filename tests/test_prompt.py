@@ -12,13 +12,6 @@ from typing import Any
 import pytest
 
 from cache.errors import SchemaError
-from train.instructions import (
-    InstructionPools,
-    choose_instruction,
-    load_instructions,
-    option_list,
-    option_order,
-)
 from train.prompt import (
     HEAD,
     PrefixLayout,
@@ -28,8 +21,15 @@ from train.prompt import (
     subtitle_clause,
     tokenize,
 )
-from train.tasks import TASK_TABLE, TASKS
-from train.turns import turns_of
+from train.text.instructions import (
+    InstructionPools,
+    choose_instruction,
+    load_instructions,
+    option_list,
+    option_order,
+)
+from train.text.tasks import TASK_TABLE, TASKS
+from train.text.turns import turns_of
 
 LABELS = ("Happy", "Sad", "Angry")
 PAPER_BLOCKS = (("fusion", 64), ("image", 256), ("video", 64), ("audio", 64))
@@ -176,7 +176,7 @@ def test_missing_file_and_unknown_task_are_refused(tmp_path: Path) -> None:
 
 def test_choice_is_the_same_in_another_process() -> None:
     code = (
-        "import sys, train.prompt, train.instructions as p;"
+        "import sys, train.prompt, train.text.instructions as p;"
         "print([p.choose_instruction('emotion', 7, f'c/{i}', 2) for i in range(20)],"
         "[p.option_order('abcdef', 7, f'c/{i}', 2, shuffle=True) for i in range(20)],"
         "'torch' in sys.modules, 'transformers' in sys.modules)"

@@ -19,14 +19,14 @@ from extract.index import index_corpus
 from tests.face_trees import merr
 from train.config import configure
 from train.data import Question, Renderer
-from train.export import export_conversations, preview
-from train.instructions import STRUCTURE_TAG, choose_instruction, load_instructions
 from train.mixture import Ask
 from train.presets import v1, v2
 from train.prompt import PrefixLayout, PromptTokens, RenderedPrompt, neutralise, render, tokenize
-from train.tasks import Task
-from train.turns import turns_of
-from train.wording import Wording
+from train.text.export import export_conversations, preview
+from train.text.instructions import STRUCTURE_TAG, choose_instruction, load_instructions
+from train.text.tasks import Task
+from train.text.turns import turns_of
+from train.text.wording import Wording
 
 NINE = ("neutral", "angry", "happy", "sad", "worried", "surprise", "fear", "contempt", "doubt")
 HEADER = Header(media_root=".", label_spaces={"emotion": LabelSpace(name="nine", labels=NINE)})

@@ -21,8 +21,8 @@ from train.adapters import ModalAdapters
 from train.config import Preset, configure
 from train.fusion import ConvAttention
 from train.presets import demo, v2
-from train.published import import_published, recognise, translate
-from train.published_file import read_published
+from train.published.checkpoints import import_published, recognise, translate
+from train.published.files import read_published
 
 AUDIO, CLS, VIDEO, JOINED = 64, 96, 96, 384
 """Channels of the demo preset's audio, CLS and video tokens, and of four joined patches."""

@@ -18,10 +18,10 @@ from eval.generate import load_run
 from tests.predecessor import ALPHA, small
 from train.adapters import ModalAdapters
 from train.checkpoint import trained_tensors
-from train.importing import import_run
 from train.model import EmotionLlama, build
 from train.presets import v1, v2
-from train.published import import_published, recognise, translate, vector_blocks
+from train.published.checkpoints import import_published, recognise, translate, vector_blocks
+from train.published.importing import import_run
 
 Trained = dict[str, Tensor]
 

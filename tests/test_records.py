@@ -17,12 +17,12 @@ from cache.spec import TokenSpec
 from cache.store import TokenStore
 from tests.conftest import key_of, make_clip
 from tests.training import header_of, numbers_of
+from train.batches.reading import ViewReader
+from train.batches.records import records_to_train_on, records_to_validate_on, share_of
 from train.config import Preset, configure
-from train.estimate import estimate
+from train.estimates.estimate import estimate
 from train.loop import train
 from train.presets import demo
-from train.reading import ViewReader
-from train.records import records_to_train_on, records_to_validate_on, share_of
 
 SPLITS = ("train",) * 6 + ("val",) * 2 + ("test",) * 2
 SHORT = [

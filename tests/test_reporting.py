@@ -28,7 +28,7 @@ from tests.media import write_clip
 from tests.test_report import EVIL, Page
 from train.config import Preset
 from train.presets import v1, v2
-from train.tasks import TASK_TABLE
+from train.text.tasks import TASK_TABLE
 
 LABELS = ("happy", "sad", EVIL)
 

@@ -264,7 +264,7 @@ def test_export_and_import(made: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_training_reads_clips_from_the_spec_that_has_them(made: Path, tmp_path: Path) -> None:
     """Some clips stand under the wanted spec, some under a richer one only; both serve."""
-    from train.reading import ViewReader
+    from train.batches.reading import ViewReader
 
     records = [r for r in read_manifest(made / "m.parquet").records if "broken" not in r.media]
     old = TokenStore.open(made / "s")

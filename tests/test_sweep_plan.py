@@ -35,8 +35,8 @@ from extract.encoders.bank import EncoderBank
 from tests.conftest import make_clip
 from tests.small_corpora import header, record
 from tests.training import described
-from train import estimate
 from train.config import Preset, configure
+from train.estimates import estimate
 from train.presets import demo
 
 N_TRAIN, N_CLIPS = 6, 9
@@ -433,7 +433,7 @@ def test_training_costs_what_the_runs_own_estimate_says(
     """Sound of 3 s has more frames than the view takes, so that nothing depends on what is stored."""
     held = manifest()
     store = filled_store(tmp_path / "s", list(specs.values()), held.records)
-    for module in ("train.estimate", "eval.sweep.planning.costs"):
+    for module in ("train.estimates.estimate", "eval.sweep.planning.costs"):
         monkeypatch.setattr(f"{module}.N_STEPS", 3)
     one = trial("all", *_digests(ALL))
     (cost,) = training_costs(planned(one, of=held, store=store), held)

@@ -24,7 +24,7 @@ from eval.sweep.running.watch import look_at
 from eval.sweep.state import RESULT_FILE, read_begun, read_result, run_folder, trial_folder
 from tests.sweeps import SWEEP, Small
 from tests.training import make_corpus, tensors_of
-from train.run import read_run
+from train.running.run import read_run
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from extract.corpora.demo import EMOTIONS, describe, plan_demo, write_demo_corpu
 from extract.openface_tables import find_table
 from train.config import stage_tasks
 from train.scaling import bundled_file
-from train.tasks import available_tasks, tasks_of
+from train.text.tasks import available_tasks, tasks_of
 
 MMEVERSE = (
     "mer2023 meld iemocap caer e3 dfew mafw mc-eiu mosi mosei sims-v2 bold".split()

@@ -23,15 +23,15 @@ from eval.metrics import MultiLabelScores
 from eval.predictions import read_predictions
 from tests.conftest import key_of, make_clip
 from tests.training import described, header_of, rows_of
-from train.backbone import load_tokenizer
 from train.config import CorpusShare, OptimConfig, Preset, StageConfig, configure, tasks_asked
 from train.data import Renderer
+from train.llm.backbone import load_tokenizer
 from train.loop import run_tasks, train
 from train.mixture import Mixture
 from train.presets import demo, preset
-from train.run import read_run
-from train.tasks import FAMILIES, TASK_TABLE, TASKS, available_tasks, tasks_of
-from train.wording import Wording
+from train.running.run import read_run
+from train.text.tasks import FAMILIES, TASK_TABLE, TASKS, available_tasks, tasks_of
+from train.text.wording import Wording
 
 GOLDEN = "18d4e4f05ca4c0cde78ae86e42a7ff644708c9a1d29029fb5b840ac702ee6f7d"
 OPTIM = OptimConfig(lr=1e-3, lr_min=0, warmup_steps=0, weight_decay=0, batch_size=3)

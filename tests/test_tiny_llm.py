@@ -17,8 +17,8 @@ peft = pytest.importorskip("peft")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from train.instructions import load_instructions  # noqa: E402
 from train.prompt import HEAD, RenderedPrompt, render, tokenize  # noqa: E402
+from train.text.instructions import load_instructions  # noqa: E402
 from train.tiny import pretrain as tiny  # noqa: E402
 from train.tiny import world  # noqa: E402
 

@@ -34,17 +34,17 @@ from cache.store import TokenStore
 from eval.generate import load_run
 from tests.conftest import key_of, make_clip
 from tests.training import described, header_of, numbers_of, said
-from train.backbone import llm_path
+from train.batches.reading import ViewReader, usable
 from train.checkpoint import load_trained
 from train.config import Preset, configure
 from train.data import Renderer, collate, model_arguments
+from train.llm.backbone import llm_path
 from train.loop import train
 from train.mixture import Ask, Mixture, Sample
 from train.model import build
 from train.packing import Grouper
 from train.presets import demo, preset, v2
-from train.reading import ViewReader, usable
-from train.stage import learning_rates, make_optimizer
+from train.running.stage import learning_rates, make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 N_RECORDS = 10

@@ -52,7 +52,7 @@ from train.config import configure
 from train.loop import TrainResult, train
 from train.model import EmotionLlama
 from train.presets import demo
-from train.run import read_run
+from train.running.run import read_run
 
 STAGES = ("stage1", "stage2")
 SMALL = [

@@ -14,8 +14,8 @@ from cache.spec import TokenSpec
 from cache.store import TokenStore
 from eval.generate import generate, load_run
 from tests.training import make_corpus, rows_of, tensors_of
-from train.attention import Segments, _by_segment, _has_flash, packed_attention
 from train.config import Preset, configure
+from train.llm.attention import Segments, _by_segment, _has_flash, packed_attention
 from train.loop import train
 from train.presets import demo
 

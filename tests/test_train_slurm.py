@@ -12,7 +12,7 @@ import torch
 from cache.spec import TokenSpec
 from tests.slurm import Slurm, slurm, slurm_server, wait_until
 from tests.training import checkpoints_of, free_port, make_corpus, rows_of, tensors_of
-from train.run import read_run
+from train.running.run import read_run
 
 __all__ = ["slurm", "slurm_server"]
 

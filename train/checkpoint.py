@@ -34,7 +34,7 @@ from cache.files import fsync_file, fsync_folder
 from cache.schema import Model
 from train.model import EmotionLlama
 from train.packing import PlanState
-from train.parallel import fill, whole
+from train.running.parallel import fill, whole
 
 PARTS_FILE = "fusion_adapters.safetensors"
 LORA_FOLDER = "lora"
@@ -145,7 +145,7 @@ def trained_folder(path: Path) -> Path:
     Raises:
         CheckpointError: There is none.
     """
-    from train.run import read_run
+    from train.running.run import read_run
 
     if (path / PARTS_FILE).is_file():
         return path

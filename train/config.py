@@ -17,7 +17,7 @@ from cache.schema import Model
 from cache.spec import Stream, TokenSpec
 from cache.views import AudioView, ImageView, VideoView
 from train.prompt import PrefixLayout, PromptStyle
-from train.tasks import Asked, Task, tasks_of
+from train.text.tasks import Asked, Task, tasks_of
 
 Input = Literal["audio", "video", "image", "local"]
 """What a model may read of a clip: one token tensor of each. `local` is a second one of the video

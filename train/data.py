@@ -16,14 +16,14 @@ from torch import Tensor
 
 from cache.clip import Record
 from cache.manifest import Header
-from train.attention import Segments
+from train.batches.reading import Views
 from train.config import Preset
 from train.fusion import fused_mask
+from train.llm.attention import Segments
 from train.mixture import Ask
 from train.prompt import PromptTokens, tokenize
-from train.reading import Views
-from train.turns import TextTokenizer, encode, turns_of
-from train.wording import Wording
+from train.text.turns import TextTokenizer, encode, turns_of
+from train.text.wording import Wording
 
 
 class PrefixBatch(TypedDict):
@@ -38,9 +38,9 @@ class PrefixBatch(TypedDict):
     """
 
     tokens: dict[str, Tensor]
-    """By input, see `train.reading.Views`."""
+    """By input, see `train.batches.reading.Views`."""
     masks: dict[str, Tensor]
-    """By input, see `train.reading.Views`."""
+    """By input, see `train.batches.reading.Views`."""
     text_ids: Tensor
     """(S,) int64: the head and what is between the prefix's groups, once, then tails and answers."""
     order: Tensor

@@ -28,24 +28,24 @@ from cache.clip import Record
 from cache.errors import ManifestError, SchemaError
 from cache.manifest import Header, Manifest
 from cache.store import TokenStore
-from train.backbone import context_length
+from train.batches.loading import Loader
+from train.batches.reading import ViewReader
+from train.batches.records import records_to_train_on, records_to_validate_on
 from train.checkpoint import TrainState, last_checkpoint, load_trained, trained_folder
 from train.config import Preset, StageConfig, stage_tasks, tasks_asked
 from train.data import Renderer
-from train.interrupt import Interrupt
-from train.loading import Loader
+from train.llm.backbone import context_length
 from train.mixture import Ask, Mixture, can_answer
 from train.model import EmotionLlama, build
-from train.monitor import Monitor, Tracker, check_trackers
 from train.packing import Grouper, Planner, PlanState
-from train.parallel import Parallel, Processes
-from train.reading import ViewReader
-from train.records import records_to_train_on, records_to_validate_on
-from train.run import RunInfo, continued, versions, write_run
-from train.stage import OnStep, StageTrainer
-from train.tasks import TASK_TABLE, Task, tasks_of
-from train.validation import Validation
-from train.wording import Wording
+from train.running.interrupt import Interrupt
+from train.running.monitor import Monitor, Tracker, check_trackers
+from train.running.parallel import Parallel, Processes
+from train.running.run import RunInfo, continued, versions, write_run
+from train.running.stage import OnStep, StageTrainer
+from train.running.validation import Validation
+from train.text.tasks import TASK_TABLE, Task, tasks_of
+from train.text.wording import Wording
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def train(
         run: Folder of outputs; an existing one of the same configuration is continued.
         on_step: Progress.
         device: Torch device; None takes a GPU where there is one.
-        parallel: How several processes share the model, see `train.parallel`.
+        parallel: How several processes share the model, see `train.running.parallel`.
         trackers: Services that are told beside TensorBoard.
 
     Raises:

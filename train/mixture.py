@@ -17,8 +17,8 @@ from cache.clip import Record
 from cache.errors import ManifestError, near_miss
 from cache.spec import STREAMS, Stream
 from train.config import StageConfig, stage_tasks
-from train.instructions import choose_task
-from train.tasks import FAMILIES, TASK_TABLE, Asked, Task, tasks_of
+from train.text.instructions import choose_task
+from train.text.tasks import FAMILIES, TASK_TABLE, Asked, Task, tasks_of
 
 StreamsOf = Callable[[Record], Collection[Stream]]
 """Which streams of a record have tokens."""

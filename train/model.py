@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from train.adapters import ModalAdapters
-from train.attention import PACKED, Segments, UnpackableError, attention_of
-from train.backbone import decoder_layers, load_llm, load_tokenizer, with_lora
 from train.config import ExecutionConfig, Preset
-from train.decoding import Answer, Prompts, greedy, shares_of
 from train.fusion import make_fusion
-from train.padded import GrowingReply, likelihoods_by_rows, pad_rows, replies_by_rows
+from train.llm.attention import PACKED, Segments, UnpackableError, attention_of
+from train.llm.backbone import decoder_layers, load_llm, load_tokenizer, with_lora
+from train.llm.decoding import Answer, Prompts, greedy, shares_of
+from train.llm.padded import GrowingReply, likelihoods_by_rows, pad_rows, replies_by_rows
 
 
 class EmotionLlama(nn.Module):

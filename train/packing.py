@@ -18,12 +18,12 @@ from cache.clip import Record
 from cache.errors import SchemaError
 from cache.schema import Model
 from cache.spec import STREAMS, Stream
+from train.batches.reading import ViewReader
 from train.config import OptimConfig, Preset
 from train.data import Group, Renderer
 from train.fusion import fused_mask
 from train.mixture import Ask, Mixture, Sample
-from train.reading import ViewReader
-from train.tasks import TASK_TABLE
+from train.text.tasks import TASK_TABLE
 
 N_WAITING = 48
 """Samples among which a pack's filling is chosen."""

@@ -32,7 +32,7 @@ from train.config import (
     Tokens,
     Views,
 )
-from train.tasks import Asked
+from train.text.tasks import Asked
 
 
 def _tokens(whisper: WhisperEncoder, eva: EvaEncoder, *, video_px: int, image_px: int) -> Tokens:

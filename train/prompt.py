@@ -31,9 +31,9 @@ from itertools import accumulate
 from typing import Literal, get_args
 
 from cache.errors import SchemaError, near_miss
-from train.instructions import LABELS_SLOT, PIPED, STRUCTURE, V1_STRUCTURE
-from train.tasks import SEVERAL_LABELS, TAGS, TASK_TABLE, Task, check_task, unknown
-from train.turns import LLAMA_2, TextTokenizer, Turns, encode, turns_of
+from train.text.instructions import LABELS_SLOT, PIPED, STRUCTURE, V1_STRUCTURE
+from train.text.tasks import SEVERAL_LABELS, TAGS, TASK_TABLE, Task, check_task, unknown
+from train.text.turns import LLAMA_2, TextTokenizer, Turns, encode, turns_of
 
 PromptStyle = Literal["code", "paper", "v1"]
 AnswerNorm = Literal["keep", "blip"]

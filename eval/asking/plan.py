@@ -21,11 +21,11 @@ from cache.schema import Model, canonical_json
 from eval.benchmarks import Benchmark, benchmark
 from eval.generate import AskedClip, Asker, Item
 from eval.predictions import Key
+from train.batches.reading import ViewReader, usable
 from train.config import DataConfig
-from train.instructions import draw
 from train.mixture import Ask
-from train.reading import ViewReader, usable
-from train.tasks import TASK_TABLE, Task, check_task
+from train.text.instructions import draw
+from train.text.tasks import TASK_TABLE, Task, check_task
 
 
 class SkippedItem(Model):

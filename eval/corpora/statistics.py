@@ -20,7 +20,7 @@ from cache.columns import corpus_of, read_columns
 from cache.labels import LABEL_FIELDS, LabelField
 from cache.manifest import Header, read_header
 from cache.schema import Model
-from train.tasks import TASK_TABLE, Task
+from train.text.tasks import TASK_TABLE, Task
 
 NO_SPLIT = "no split"
 SPLITS = ("train", "val", "test")

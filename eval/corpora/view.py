@@ -15,10 +15,10 @@ from cache.labels import LABEL_FIELDS
 from cache.manifest import Header
 from eval.formats import human_size
 from train.config import Preset
-from train.export import Preview, preview
-from train.instructions import LABELS_SLOT, InstructionPools
 from train.mixture import Ask
-from train.wording import Wording
+from train.text.export import Preview, preview
+from train.text.instructions import LABELS_SLOT, InstructionPools
+from train.text.wording import Wording
 
 
 class Asked(NamedTuple):

@@ -42,14 +42,14 @@ from extract import tiny
 from extract.config import Precision
 from extract.encoders.bank import EncoderBank
 from extract.faces import face_source
-from train.backbone import context_length
+from train.batches.loading import to_device
+from train.batches.reading import Views
 from train.config import STREAM_OF, tasks_asked
 from train.data import Group, PrefixBatch, Question, Renderer, collate, prefix_masks
-from train.loading import to_device
+from train.llm.backbone import context_length
 from train.mixture import Ask
 from train.prompt import RENDERER_VERSION, neutralise
-from train.reading import Views
-from train.tasks import TASK_TABLE, TASKS, Task, check_task
+from train.text.tasks import TASK_TABLE, TASKS, Task, check_task
 
 if TYPE_CHECKING:
     from extract.annotate.evidence.transcribe import Transcriber

@@ -2,7 +2,7 @@
 
     with ClipReader(preset, bank) as reader:
         seen = reader.read(Path("clip.mp4"), corpus="mer2023")
-        seen.views              # equal, bit for bit, to what `train.reading.ViewReader` reads of a store
+        seen.views              # to the bit what `train.batches.reading.ViewReader` reads of a store
 
 The file is decoded in a process of its own and encoded alone; tokens are rounded to the dtype in which
 the store would keep them before views are taken. A store that encoded the clip among others may differ
@@ -36,8 +36,8 @@ from extract.encoders.bank import EncoderBank
 from extract.faces import FaceSource
 from extract.inputs import ClipInputs, InputRequest, StreamInput, request_of
 from extract.workers.results import encode_inputs
+from train.batches.reading import Views
 from train.config import STREAM_OF, Input, Preset
-from train.reading import Views
 
 MAX_DURATION_S = 120.0
 """Default bound on a clip: emotion is asked of seconds, and whole films are taken by mistake."""

@@ -15,7 +15,7 @@ from cache.errors import EmocacheError, SchemaError
 from eval.live import looks
 from eval.live.jobs import Job, JobLine, Say, Stopped, Waiting
 from eval.live.uploads import Upload, Uploads
-from train.tasks import TASK_TABLE, check_task
+from train.text.tasks import TASK_TABLE, check_task
 
 if TYPE_CHECKING:
     from eval.live.answer import LiveModel

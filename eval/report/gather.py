@@ -38,12 +38,12 @@ from eval.scoring.intervals import N_SAMPLES, N_SWAPS, Interval, interval, paire
 from eval.scoring.rules import accuracy, uar, weighted_f1
 from eval.scoring.slices import EDGES_S, Slice, quantile_edges, slices
 from eval.scoring.tally import Tally
+from train.batches.reading import ViewReader
 from train.checkpoint import best_folder
 from train.data import Renderer
-from train.instructions import load_instructions
 from train.mixture import Ask
-from train.reading import ViewReader
-from train.tasks import SEVERAL_LABELS, TASK_TABLE, Task, check_task
+from train.text.instructions import load_instructions
+from train.text.tasks import SEVERAL_LABELS, TASK_TABLE, Task, check_task
 
 LEVEL = 0.95
 """Of every interval."""

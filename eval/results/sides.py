@@ -23,7 +23,7 @@ from eval.scoring.result import Item, Scored
 from eval.scoring.rules import accuracy
 from eval.scoring.sources import PREDICTIONS, read_source
 from eval.scoring.tally import Tally
-from train.tasks import TASK_TABLE
+from train.text.tasks import TASK_TABLE
 
 Unit = Literal["percent", "rating"]
 """How scores are shown: fractions as percent; ratings of a judge as they are."""

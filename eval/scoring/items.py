@@ -17,7 +17,7 @@ from eval.scoring.result import Item, Reading
 from eval.scoring.sources import CLEANED, ID, REPLY, TRUTH, Row, Source
 from eval.scoring.texts import MISSING, plain, read_reply
 from eval.scoring.truths import Truth, Truths, true_labels
-from train.tasks import TASK_TABLE
+from train.text.tasks import TASK_TABLE
 
 EVERY_SPLIT = "all"
 """Instead of the names of splits: no row is left out for its split."""

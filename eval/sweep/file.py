@@ -24,7 +24,7 @@ from cache.errors import SchemaError, near_miss
 from cache.schema import located
 from eval.benchmarks import benchmarks
 from eval.sweep.schema import Place, ScoreColumn, Source, SweepFile
-from train.tasks import SEVERAL_LABELS, TASK_TABLE, check_task
+from train.text.tasks import SEVERAL_LABELS, TASK_TABLE, check_task
 
 FOLDER = Path(__file__).with_name("files")
 """The shipped files."""

@@ -3,7 +3,7 @@
 ::
 
     OUT/sweep.json                 what was begun: the file, the scale, the corpus, every trial's preset
-    OUT/runs/KEY/                  a training, see `train.run`
+    OUT/runs/KEY/                  a training, see `train.running.run`
     OUT/trials/ROW@SEED/           result.json, log.txt, predictions
     OUT/at-work/                   who does what, see `eval.sweep.running.at_work`
 

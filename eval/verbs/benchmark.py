@@ -83,7 +83,7 @@ def benchmark_command(
     from eval.judging.results import read_judged
     from eval.progress import progress_bar
     from eval.verbs.arguments import check_device, one_of_these
-    from train.parallel import choose_device
+    from train.running.parallel import choose_device
 
     checked = check_protocol(protocol)
     which = one_of_these("--weights", weights, ("final", "best"))

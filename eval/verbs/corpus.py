@@ -16,8 +16,8 @@ from eval.verbs.console import DONE, FINDINGS, err, out, verb
 if TYPE_CHECKING:
     from cache.clip import Record
     from cache.selection import OnRecord, Per
-    from train.export import ExportStyle
-    from train.tasks import Asked
+    from train.text.export import ExportStyle
+    from train.text.tasks import Asked
 
 VERBS = ("ls", "show", "stats", "check", "merge", "filter", "sample", "dedupe", "export")
 """Looking, checking, choosing, handing over; `emocache corpus --help` shows them so."""
@@ -328,8 +328,8 @@ def corpus_export(
     """Write questions and answers of training as conversations, for other trainers."""
     from cache.manifest import iter_records, read_header
     from eval.verbs.arguments import choice, configure
-    from train.export import EXPORT_STYLES, export_conversations
-    from train.tasks import FAMILIES, TASKS
+    from train.text.export import EXPORT_STYLES, export_conversations
+    from train.text.tasks import FAMILIES, TASKS
 
     tasks = [choice(name, (*TASKS, *FAMILIES), "--task") for name in task or ()]
     with _watched("exporting", [manifest]) as on_record:

@@ -108,7 +108,7 @@ def predict_command(
     from eval.live.files import find_clips
     from eval.verbs.arguments import check_device, one_of_these
     from extract.config import PRECISIONS
-    from train.tasks import TASKS
+    from train.text.tasks import TASKS
 
     one_of_these("--task", task, TASKS)
     hidden = _streams(mask or ())
@@ -218,7 +218,7 @@ def _header(task: str, offered: Sequence[str] | None) -> Header | None:
     from cache.labels import LabelSpace
     from cache.manifest import Header
     from eval.live.replies import checked_labels
-    from train.tasks import TASK_TABLE, check_task
+    from train.text.tasks import TASK_TABLE, check_task
 
     field = TASK_TABLE[check_task(task)].label
     if offered is None or field is None:

@@ -68,8 +68,8 @@ def train_command(
     from cache.manifest import read_manifest
     from cache.store import TokenStore
     from eval.verbs.arguments import check_device, configure, one_of_these
-    from train.monitor import TRACKERS
-    from train.parallel import Parallel
+    from train.running.monitor import TRACKERS
+    from train.running.parallel import Parallel
 
     chosen = configure(preset, overrides, with_file)
     one_of_these("--parallel", parallel, get_args(Parallel))
@@ -126,7 +126,7 @@ def _train(
 
 
 def _stages_left(preset: Preset, run: Path) -> Sequence[StageConfig]:
-    from train.run import read_run
+    from train.running.run import read_run
 
     finished: tuple[str, ...] = ()
     if (run / "run.json").is_file():
@@ -158,8 +158,8 @@ def step_note(bar: Any) -> Callable[[str, int, int, dict[str, float]], None]:
 def _estimate(
     preset: Preset, records: Manifest, tokens: TokenStore, device: str, parallel: Any
 ) -> int:
-    from train.estimate import estimate, lines
-    from train.parallel import choose_device
+    from train.estimates.estimate import estimate, lines
+    from train.running.parallel import choose_device
 
     n = int(os.environ.get("WORLD_SIZE", "1"))
     found = estimate(
@@ -184,7 +184,7 @@ def import_checkpoint_command(
 ) -> int:
     """Turn a published Emotion-LLaMAv2, Emotion-LLaMA or MiniGPT-v2 checkpoint into trained parts."""
     from eval.verbs.arguments import configure
-    from train.importing import import_run
+    from train.published.importing import import_run
 
     chosen = configure(preset, overrides, with_file)
     report = import_run(file, chosen, out_dir)

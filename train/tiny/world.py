@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from train.instructions import load_instructions
 from train.prompt import PromptTokens, render, tokenize
+from train.text.instructions import load_instructions
 
 MAX_ANSWER_TOKENS = 160
 

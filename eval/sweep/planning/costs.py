@@ -1,8 +1,8 @@
 """What a sweep costs: encoding with reuse and without, training, and what reuse saves.
 
 Encoding and training are counted in floating-point operations, by formulas over the shapes of the
-networks (`extract.costs`, `train.costs`); no token is read and no network run. Three ways to encode are
-compared, all for the same rows and starting from nothing:
+networks (`extract.costs`, `train.estimates.costs`); no token is read and no network run. Three ways to
+encode are compared, all for the same rows and starting from nothing:
 
 - *alone*: every run encodes what it reads into a store of its own. Seeds of a row are one run, and so are
   rows that differ in their stage alone.
@@ -264,7 +264,7 @@ def _trained(preset: Preset, records: Sequence[Record], manifest: Manifest) -> t
     """Return how many parameters a run trains, and the operations of all its steps."""
     import torch
 
-    from train.backbone import empty_llm
+    from train.llm.backbone import empty_llm
     from train.model import EmotionLlama
 
     with torch.device("meta"):
@@ -278,10 +278,10 @@ def _flops(
     """Return the operations of all stages: the mean of some laid-out packs, times their number."""
     import torch
 
-    from train.backbone import load_tokenizer
-    from train.costs import Costs, Work
+    from train.batches.foreseen import Foreseen
     from train.data import Renderer
-    from train.foreseen import Foreseen
+    from train.estimates.costs import Costs, Work
+    from train.llm.backbone import load_tokenizer
     from train.mixture import Mixture
     from train.model import EmotionLlama
     from train.packing import Grouper, Planner
@@ -314,8 +314,8 @@ def _flops(
 def reckoned_speed(device: str = "auto") -> float | None:
     """Return the operations per second to reckon with, measured in less than a second.
 
-    A share, as `train.estimate` assumes it, of the speed of a large matrix product: in float32 on a CPU,
-    in bfloat16 on a GPU.
+    A share, as `train.estimates.estimate` assumes it, of the speed of a large matrix product: in float32
+    on a CPU, in bfloat16 on a GPU.
 
     Args:
         device: `cpu`, `cuda`, `cuda:N`; `auto` takes a GPU where there is one.
@@ -325,7 +325,7 @@ def reckoned_speed(device: str = "auto") -> float | None:
     """
     import torch
 
-    from train.estimate import EFFICIENCY, measure_flops_per_s
+    from train.estimates.estimate import EFFICIENCY, measure_flops_per_s
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -66,7 +66,7 @@ class Reading:
         found = self._of_split(preset, preset.data.train_split)
         if preset.data.train_share == 1:
             return found
-        from train.records import share_of  # loads torch
+        from train.batches.records import share_of  # loads torch
 
         records = [self._manifest.records[place] for place in found]
         drawn = {r.uid for r in share_of(records, preset.data.train_share, preset.seed)}

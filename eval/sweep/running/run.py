@@ -32,7 +32,7 @@ from eval.sweep.schema import Scale, ScoreColumn
 from eval.sweep.state import BegunTrial, copy_log, fail, is_settled, read_result, work_file
 from extract.config import n_cores
 from extract.engines.options import EngineOptions
-from train.interrupt import Interrupt
+from train.running.interrupt import Interrupt
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess

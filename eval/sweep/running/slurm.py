@@ -40,7 +40,7 @@ from eval.sweep.running.tokens import worker_options
 from eval.sweep.running.trial import AGAIN
 from eval.sweep.state import BegunTrial, work_file
 from extract.engines.options import MARGIN_S, EngineOptions
-from train.interrupt import Interrupt
+from train.running.interrupt import Interrupt
 
 logger = logging.getLogger(__name__)
 

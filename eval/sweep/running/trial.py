@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from cache.manifest import Manifest
     from cache.store import TokenStore
     from eval.generate import TrainedRun
-    from train.run import RunInfo
+    from train.running.run import RunInfo
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def _train(
     order: Order, manifest: Manifest, store: TokenStore, device: str, telling: Telling
 ) -> RunInfo:
     """Train a run to its end, if it is not there yet."""
-    from train.run import read_run
+    from train.running.run import read_run
 
     run = run_folder(Path(order.out), order.run_key)
     if is_trained(run, order):
@@ -191,7 +191,7 @@ def _train(
 
 def is_trained(run: Path, order: Order) -> bool:
     """True if all stages of a run are finished."""
-    from train.run import read_run
+    from train.running.run import read_run
 
     if not (run / "run.json").is_file():
         return False
@@ -273,9 +273,9 @@ class _Asked:
         from eval.evaluate import by_last_word
         from eval.generate import generate
         from eval.predictions import write_predictions
-        from train.reading import ViewReader, usable
-        from train.tasks import TASK_TABLE, check_task
-        from train.wording import Wording
+        from train.batches.reading import ViewReader, usable
+        from train.text.tasks import TASK_TABLE, check_task
+        from train.text.wording import Wording
 
         task = TASK_TABLE[check_task(column.task)]
         assert task.label is not None, "columns are checked when a sweep file is read"
@@ -345,7 +345,7 @@ def _device(order: Order) -> str:
     """Return where a run is computed: of several GPUs, each process of a machine takes its own."""
     import torch
 
-    from train.parallel import choose_device
+    from train.running.parallel import choose_device
 
     if order.n_threads is not None:
         torch.set_num_threads(order.n_threads)

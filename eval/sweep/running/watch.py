@@ -28,7 +28,7 @@ from eval.sweep.running.at_work import TOKENS, AtWork, is_held, leader, read_at_
 from eval.sweep.running.tokens import waiting_rows
 from eval.sweep.schema import ScoreColumn, TrialResult
 from eval.sweep.state import STEPS, Begun, BegunTrial, Step, is_settled, read_result, run_folder
-from train.run import RunInfo
+from train.running.run import RunInfo
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from eval.scoring.intervals import (
 from eval.scoring.tally import Floats, Tally
 from eval.sweep.schema import ScoreColumn
 from eval.sweep.tables.table import LEVEL, Change, Span
-from train.tasks import SEVERAL_LABELS, TASK_TABLE, check_task
+from train.text.tasks import SEVERAL_LABELS, TASK_TABLE, check_task
 
 if TYPE_CHECKING:
     from eval.scoring.intervals import PairDraws

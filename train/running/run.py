@@ -145,7 +145,7 @@ def versions() -> dict[str, str]:
 def code_digest() -> str:
     """Return the first digits of a digest over this project's code for cache and training."""
     sha = hashlib.sha256()
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     for package in _PACKAGES:
         for file in sorted((root / package).rglob("*.py")):
             sha.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())

@@ -10,8 +10,8 @@ from cache.errors import CheckpointError
 from train.checkpoint import new_folder, trained_tensors, write_trained
 from train.config import Preset
 from train.model import build
-from train.published import ImportReport, import_published
-from train.run import RunInfo, versions, write_run
+from train.published.checkpoints import ImportReport, import_published
+from train.running.run import RunInfo, versions, write_run
 
 STAGE = "imported"
 """Name of the only stage of such a run."""
@@ -23,7 +23,7 @@ def import_run(file: Path, preset: Preset, run: Path) -> ImportReport:
     What the file does not hold keeps its fresh initialisation, as the report says.
 
     Args:
-        file: See `train.published_file.read_published`.
+        file: See `train.published.files.read_published`.
         preset: Whose shapes the weights must have; its language model is loaded.
         run: Folder to make.
 

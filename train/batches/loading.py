@@ -16,10 +16,10 @@ from typing import Literal
 
 import torch
 
+from train.batches.reading import ViewReader
 from train.config import Preset
 from train.data import PrefixBatch, collate
 from train.packing import Pack, Planner, Step
-from train.reading import ViewReader
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """From a record to the text of a sample: which template, options, subtitle, labels and description.
 
-Every choice is a hash of seed, uid and pass (`train.instructions`); the label space is the one of the
+Every choice is a hash of seed, uid and pass (`train.text.instructions`); the label space is the one of the
 record's corpus. Training, evaluation, export and previews all get their text here.
 """
 
@@ -13,7 +13,9 @@ from cache.errors import ManifestError, SchemaError
 from cache.labels import LabelField, LabelSpace
 from cache.manifest import Header
 from train.config import Preset
-from train.instructions import (
+from train.mixture import Ask
+from train.prompt import FINE, SEPARATOR, RenderedPrompt, neutralise, render
+from train.text.instructions import (
     MAX_EXAMPLES,
     NEUTRAL,
     InstructionPools,
@@ -23,10 +25,8 @@ from train.instructions import (
     option_list,
     option_order,
 )
-from train.mixture import Ask
-from train.prompt import FINE, SEPARATOR, RenderedPrompt, neutralise, render
-from train.tasks import SEVERAL_LABELS, TASK_TABLE, Task, TaskRow
-from train.turns import Turns
+from train.text.tasks import SEVERAL_LABELS, TASK_TABLE, Task, TaskRow
+from train.text.turns import Turns
 
 
 class Wording:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from cache.clip import Record
 from cache.errors import ManifestError, near_miss
 from cache.manifest import Manifest
+from train.batches.reading import ViewReader, usable
 from train.config import Preset
-from train.reading import ViewReader, usable
 
 
 def records_to_train_on(manifest: Manifest, preset: Preset, reader: ViewReader) -> list[Record]:

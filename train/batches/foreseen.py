@@ -8,8 +8,8 @@ from cache.clip import Record
 from cache.commit import Entry, Status
 from cache.encoders import AUDIO_FRAMES_PER_S
 from cache.spec import Stream, TokenSpec
+from train.batches.reading import ViewReader
 from train.config import Input, Preset
-from train.reading import ViewReader
 
 _HAS: dict[Stream, str] = {"audio": "has_audio", "video": "has_video", "image": "has_image"}
 

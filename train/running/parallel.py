@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cache.errors import SchemaError
-from train.backbone import decoder_layers
+from train.llm.backbone import decoder_layers
 from train.model import EmotionLlama
 
 Parallel = Literal["ddp", "fsdp"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
 from cache.errors import SchemaError
-from train.tasks import unknown
+from train.text.tasks import unknown
 
 Chat = Literal["auto", "llama-2"]
 LLAMA_2 = ("[INST] ", " [/INST]")

@@ -20,9 +20,9 @@ from train.config import Preset
 from train.mixture import Ask
 from train.presets import v2
 from train.prompt import RENDERER_VERSION, RenderedPrompt
-from train.tasks import Asked, Task, available_tasks, tasks_of, unknown
-from train.turns import LLAMA_2
-from train.wording import Wording
+from train.text.tasks import Asked, Task, available_tasks, tasks_of, unknown
+from train.text.turns import LLAMA_2
+from train.text.wording import Wording
 
 ExportStyle = Literal["llava", "sharegpt"]
 EXPORT_STYLES: tuple[ExportStyle, ...] = get_args(ExportStyle)

@@ -1,4 +1,4 @@
-"""What `train.decoding` does, for language models that cannot compute packed sequences: by transformers.
+"""What `train.llm.decoding` does, for language models that cannot compute packed sequences: by transformers.
 
 Rows are padded, and each question has the whole prefix of its clip in front of it.
 """
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.attention import Segments
-from train.decoding import log_softmax
+from train.llm.attention import Segments
+from train.llm.decoding import log_softmax
 
 
 def pad_rows(rows: Sequence[Tensor], *, left: bool) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def replies_by_rows(
     limits: Sequence[int],
     stop_ids: Collection[int],
 ) -> list[list[int]]:
-    """Answer greedily by transformers' own generation; see `train.decoding.greedy`."""
+    """Answer greedily by transformers' own generation; see `train.llm.decoding.greedy`."""
     if not any(limits):
         return [[] for _ in limits]
     # Generation continues at the right end, so padding stands at the left.

@@ -18,7 +18,7 @@ TINY_LLM = "emocache/tiny"
 def llm_path(config: LlmConfig) -> str:
     """Return the folder or hub name to load, resolving the bundled model's name."""
     if config.path == TINY_LLM:
-        return str(Path(__file__).parent / "tiny" / "llm")
+        return str(Path(__file__).parents[1] / "tiny" / "llm")
     return config.path
 
 

@@ -2,7 +2,8 @@
 
 The steps are laid out by the run's own planner, from the real records and the real tokenizer; the
 language model is shapes without weights, no token is read, and nothing is written. Arithmetic and
-memory are formulas over those shapes (`train.costs` explains each term), time is arithmetic over speed.
+memory are formulas over those shapes (`train.estimates.costs` explains each term), time is arithmetic
+over speed.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ import torch
 
 from cache.manifest import Manifest
 from cache.store import TokenStore
-from train.backbone import context_length, empty_llm, load_tokenizer
+from train.batches.reading import ViewReader
+from train.batches.records import records_to_train_on, records_to_validate_on
 from train.config import Preset, StageConfig
-from train.costs import Costs, Flops, Memory, Work
 from train.data import Renderer
+from train.estimates.costs import Costs, Flops, Memory, Work
+from train.llm.backbone import context_length, empty_llm, load_tokenizer
 from train.loop import check_labels, check_lengths, run_tasks
 from train.mixture import Mixture
 from train.model import EmotionLlama
 from train.packing import Grouper, Planner, Step
-from train.parallel import Parallel
-from train.reading import ViewReader
-from train.records import records_to_train_on, records_to_validate_on
+from train.running.parallel import Parallel
 
 N_STEPS = 64
 """Steps of each stage that are laid out; the others are taken to be like them."""

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from cache.errors import SchemaError, near_miss
-from train.tasks import TASK_TABLE, TASKS, Task, check_task, unknown
+from train.text.tasks import TASK_TABLE, TASKS, Task, check_task, unknown
 
 INSTRUCTIONS_FILE = Path(__file__).with_name("instructions.json")
 V1 = "emocache/v1"

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from cache.clip import Record
+from train.batches.loading import to_device
+from train.batches.reading import ViewReader
 from train.config import Preset, StageConfig, stage_tasks
 from train.data import collate, model_arguments
-from train.loading import to_device
 from train.mixture import Ask, can_answer
 from train.packing import Grouper, Pack
-from train.parallel import Processes
-from train.reading import ViewReader
-from train.tasks import TASK_TABLE, Task, tasks_of
+from train.running.parallel import Processes
+from train.text.tasks import TASK_TABLE, Task, tasks_of
 
 
 class Validation:

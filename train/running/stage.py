@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 from cache.errors import DivergedError, StoppedError
-from train.card import write_card
+from train.batches.loading import LoadedStep, Loader, to_device
 from train.checkpoint import (
     Best,
     TrainState,
@@ -31,13 +31,13 @@ from train.checkpoint import (
 )
 from train.config import OptimConfig, Preset, StageConfig
 from train.data import model_arguments
-from train.interrupt import Interrupt
-from train.loading import LoadedStep, Loader, to_device
 from train.model import EmotionLlama
-from train.monitor import Doctor, Monitor, StepLosses
 from train.packing import Planner
-from train.parallel import Processes, fill, whole
-from train.validation import Validation
+from train.running.card import write_card
+from train.running.interrupt import Interrupt
+from train.running.monitor import Doctor, Monitor, StepLosses
+from train.running.parallel import Processes, fill, whole
+from train.running.validation import Validation
 
 logger = logging.getLogger(__name__)
 

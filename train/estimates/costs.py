@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from train.backbone import decoder_layers
 from train.config import Preset
+from train.llm.backbone import decoder_layers
 from train.model import EmotionLlama
 from train.packing import Pack
-from train.parallel import Parallel
+from train.running.parallel import Parallel
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, Cache
 
-from train.attention import PACKED, Segments, UnpackableError, attention_of
+from train.llm.attention import PACKED, Segments, UnpackableError, attention_of
 
 ROWS = "emocache_rows"
 """Name of this attention among those of transformers."""

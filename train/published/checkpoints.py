@@ -30,7 +30,7 @@ from torch import Tensor
 
 from cache.errors import CheckpointError
 from train.config import Preset
-from train.published_file import read_file
+from train.published.files import read_file
 
 Kind = Literal["emotion-llama-v2", "emotion-llama", "minigpt-v2"]
 
@@ -182,7 +182,7 @@ def import_published(
     that both have must agree in every tensor.
 
     Args:
-        path: See `train.published_file.read_published`.
+        path: See `train.published.files.read_published`.
         preset: The configuration of the model.
         wanted: `fusion.*` and `adapters.*` of the model.
         wanted_lora: LoRA of the model, under the keys that peft saves.

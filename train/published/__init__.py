@@ -1,0 +1,1 @@
+"""Checkpoints that others published, as runs of ours."""
