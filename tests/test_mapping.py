@@ -437,9 +437,12 @@ def test_a_misspelt_one_of_several_columns_is_told(tmp_path: Path) -> None:
     assert index(tmp_path, corpus()).report.notes == []
 
 
-def test_what_is_no_pattern_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match=r"'\*\*\.csv' is not a pattern"):
-        index(tmp_path, corpus({**layout(), "sources": [{"files": ["**.csv"]}]}))
+@pytest.mark.parametrize("pattern", ["**.csv", "a/**", "a/b**/c.csv", "***/c.csv"])
+def test_what_is_no_pattern_is_refused(tmp_path: Path, pattern: str) -> None:
+    with pytest.raises(
+        ManifestError, match=rf"'{re.escape(pattern)}' is not a pattern \('\*\*' stands"
+    ):
+        index(tmp_path, corpus({**layout(), "sources": [{"files": [pattern]}]}))
 
 
 @pytest.mark.parametrize("pattern", ["../t.csv", "/etc/passwd", "a\\t.csv"])

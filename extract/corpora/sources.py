@@ -39,14 +39,14 @@ def _matching(pattern: str, folder: Path, *, any_one: bool = False) -> list[Path
         )
     if not parts:
         return [folder]
+    # Pythons differ in what they make of these: 3.13 takes both and 3.11 neither, say.
+    if parts[-1] == "**" or any("**" in part and part != "**" for part in parts):
+        raise _no_pattern(pattern, "'**' stands for folders, alone between slashes")
     try:
         files = (p for p in folder.glob(pattern) if not p.name.startswith("."))
         chosen = list(itertools.islice(files, 1)) if any_one else sorted(files)
     except ValueError as error:
-        raise ManifestError(
-            f"files: {pattern!r} is not a pattern ({error}). For example a.csv, *.csv, */labels.txt, "
-            "**/*.mp4."
-        ) from None
+        raise _no_pattern(pattern, str(error)) from None
     root = folder.resolve()
     for path in chosen:
         # Only a link can lead out of the folder.
@@ -56,6 +56,12 @@ def _matching(pattern: str, folder: Path, *, any_one: bool = False) -> list[Path
                 "into it, or give the folder that holds it."
             )
     return chosen
+
+
+def _no_pattern(pattern: str, reason: str) -> ManifestError:
+    return ManifestError(
+        f"files: {pattern!r} is not a pattern ({reason}). For example a.csv, *.csv, */labels.txt, **/*.mp4."
+    )
 
 
 def _is_linked(path: Path, folder: Path) -> bool:
