@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from cache.commit import ClipTokens
 from cache.errors import EmocacheError
@@ -63,14 +61,3 @@ def read_or_name(where: Path, spec: TokenSpec, clips: Iterable[ClipTokens]) -> l
 def die(*_: object, **__: object) -> None:
     """End this process as a power cut or the kernel's memory killer does."""
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def run_forked(*works: tuple[Callable[..., None], tuple[Any, ...]]) -> list[int | None]:
-    """Run functions in forked processes at once; return their exit codes."""
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=function, args=args) for function, args in works]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-    return [process.exitcode for process in processes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import shutil
 import tracemalloc
@@ -28,7 +29,7 @@ from extract.annotate.endpoints.replies import (
     read_reply,
 )
 from tests.conftest import key_of
-from tests.faults import run_forked
+from tests.processes import run_apart
 
 SCHEMA = {
     "type": "object",
@@ -300,7 +301,7 @@ def _write_many(folder: Path, start: int) -> None:
 def test_processes_write_side_by_side_and_see_each_other(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     watching = AnswerCache(folder)
-    assert run_forked(*((_write_many, (folder, start)) for start in (0, 40, 80))) == [0, 0, 0]
+    assert run_apart(*((_write_many, (folder, start)) for start in (0, 40, 80))) == [0, 0, 0]
     assert len(watching) == 0
     watching.refresh()
     assert len(watching) == 140
@@ -314,7 +315,10 @@ def test_processes_write_side_by_side_and_see_each_other(tmp_path: Path) -> None
 def test_a_forked_process_writes_a_segment_of_its_own(tmp_path: Path) -> None:
     cache = AnswerCache(tmp_path / "a")
     cache.put([made("parent")])
-    assert run_forked((cache.put, ([made("child")],))) == [0]
+    child = multiprocessing.get_context("fork").Process(target=cache.put, args=([made("child")],))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
     cache.put([made("parent again")])
     cache.refresh()
     assert len(list(cache.folder.glob("*.jsonl"))) == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -35,6 +34,7 @@ from extract.run import extract
 from tests.conftest import key_of, make_clip
 from tests.media import write_clip
 from tests.object_store import environment, make_bucket, moto_server
+from tests.processes import clean_context
 
 Specs = dict[str, TokenSpec]
 PROVENANCE = {"torch": "0"}
@@ -676,7 +676,7 @@ def test_doctor_beside_a_writer_loses_nothing(root: Path, specs: Specs) -> None:
     spec, storage = specs["video"], LocalStorage(root)
     short = json.loads((group(root, spec) / "status" / "zarr.json").read_bytes())
     short["shape"][0] = CLIPS_PER_SHARD
-    writer = multiprocessing.get_context("fork").Process(target=_commit_many, args=(root, spec))
+    writer = clean_context().Process(target=_commit_many, args=(root, spec))
     writer.start()
     n_rounds = 0
     while writer.is_alive():

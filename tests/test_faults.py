@@ -36,11 +36,11 @@ from tests.faults import (
     assert_holds,
     die,
     read_or_name,
-    run_forked,
     store_of,
     unit,
 )
 from tests.object_store import Fault, Kind, environment, faulty_proxy, make_bucket, moto_server
+from tests.processes import run_apart
 from train.presets import demo
 
 Specs = dict[str, TokenSpec]
@@ -106,7 +106,7 @@ def test_kill_9_at_every_step_loses_and_shows_nothing(
     for nth in range(40):
         root = tmp_path / str(nth)
         store_of(root, spec, "old") if nth % 2 else TokenStore.open_or_create(root)
-        (code,) = run_forked((_commit_and_die, (root, spec, step, nth)))
+        (code,) = run_apart((_commit_and_die, (root, spec, step, nth)))
         if code == 0:
             break
         assert code == -signal.SIGKILL
@@ -146,7 +146,7 @@ def test_kill_9_of_compaction_and_garbage_collection(
     for nth in range(60):
         root = tmp_path / str(nth)
         store_of(root, spec, "ab", "cd")
-        (code,) = run_forked((_collect_and_die, (root, spec, nth)))
+        (code,) = run_apart((_collect_and_die, (root, spec, nth)))
         assert_holds(root, spec, "ab", "cd")
         collect_garbage(TokenStore.open(root), delete=True, abandon_after_s=-1)
         assert_holds(root, spec, "ab", "cd")
@@ -173,7 +173,7 @@ def test_writers_at_once_lose_nothing_and_commit_each_unit_once(
     spec, root = specs["video"], tmp_path / "s"
     shared = ["ab", "cd", "ef"]
     own = [[chr(0x100 + 2 * i) + chr(0x101 + 2 * i)] for i in range(n_writers)]
-    codes = run_forked(*((_commit_units, (root, spec, shared + names)) for names in own))
+    codes = run_apart(*((_commit_units, (root, spec, shared + names)) for names in own))
     assert codes == [0] * n_writers
     store = TokenStore.open(root)
     units = shared + [name for names in own for name in names]
@@ -208,7 +208,7 @@ def test_reading_writing_compacting_and_collecting_go_on_together(
     spec, root = specs["video"], tmp_path / "s"
     store_of(root, spec, *"abcd")
     late = [chr(0x300 + i) for i in range(4 * n_rounds)]
-    codes = run_forked(
+    codes = run_apart(
         (_compact_and_collect, (root, spec, n_rounds)),
         (_read_all, (root, spec, "a", 20 * n_rounds)),
         (_commit_units, (root, spec, late[::2])),
@@ -537,7 +537,7 @@ def test_a_clock_that_jumps_decides_nothing(
 ) -> None:
     spec, root = specs["video"], tmp_path / "s"
     store = store_of(root, spec, "ab")
-    (code,) = run_forked((_commit_and_die, (root, spec, len(STEPS) - 1, 1)))
+    (code,) = run_apart((_commit_and_die, (root, spec, len(STEPS) - 1, 1)))
     assert code == -signal.SIGKILL  # an uncommitted shard, seconds old
 
     class Jumped(datetime):

@@ -39,15 +39,14 @@ from extract.jobs.job import (
 )
 from extract.jobs.lease import Claim, Leases
 from extract.jobs.session import WorkerSession, WorkerState, host_identity, process_started
-from tests.faults import run_forked
 from tests.object_store import environment, make_bucket, moto_server
+from tests.processes import clean_context, run_apart
 
 Specs = dict[str, TokenSpec]
 T = TypeVar("T")
 JOB_ID = "0123456789abcdef"
 PATIENT_S = 60.0
 """A lease timeout that no test outlasts: what is claimed is claimed for another reason."""
-FORK = multiprocessing.get_context("fork")
 
 
 def plan_of(specs: Specs, n_units: int = 3, **changes: Any) -> PlanDocument:
@@ -237,10 +236,10 @@ def _open_at_once(root: Path, specs: Specs, barrier: Any, name: str, out: Path) 
 
 
 def test_processes_that_create_a_generation_at_once_agree(tmp_path: Path, specs: Specs) -> None:
-    barrier = FORK.Barrier(2)
+    barrier = clean_context().Barrier(2)
     names = ("one", "two")
     works = [(_open_at_once, (tmp_path / "s", specs, barrier, name, tmp_path)) for name in names]
-    assert run_forked(*works) == [0, 0]
+    assert run_apart(*works) == [0, 0]
     one, two = (json.loads((tmp_path / name).read_text()) for name in names)
     for (plan_one, joined_one), (plan_two, joined_two) in zip(one, two, strict=True):
         assert plan_one == plan_two == ("one" if joined_two else "two")
@@ -274,7 +273,7 @@ def test_processes_claim_every_unit_exactly_once(
 ) -> None:
     job = job_of(local, specs, 200)
     outs = [tmp_path / "one", tmp_path / "two"]
-    assert run_forked(*((_work_through, (local, out)) for out in outs)) == [0, 0]
+    assert run_apart(*((_work_through, (local, out)) for out in outs)) == [0, 0]
     parts = [json.loads(out.read_text()) for out in outs]
     assert sorted(parts[0] + parts[1]) == [[unit, 0] for unit in range(200)]
     assert all(parts), "one process did everything: nothing was tested"
@@ -416,7 +415,7 @@ def _hold(root: Path, folder: Path) -> None:
 @contextmanager
 def holding(job: Job, folder: Path) -> Iterator[BaseProcess]:
     """Run a process that holds all units."""
-    process = FORK.Process(target=_hold, args=(Path(job.storage.url), folder))
+    process = clean_context().Process(target=_hold, args=(Path(job.storage.url), folder))
     process.start()
     try:
         wait_for((folder / "ready").exists)
@@ -560,7 +559,7 @@ def _mask_its_name(folder: Path) -> None:
 
 
 def test_the_start_of_a_process_tells_it_from_every_other(tmp_path: Path) -> None:
-    process = FORK.Process(target=_mask_its_name, args=(tmp_path,))
+    process = multiprocessing.get_context("fork").Process(target=_mask_its_name, args=(tmp_path,))
     process.start()
     assert process.pid is not None
     wait_for((tmp_path / "ready").exists)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +27,7 @@ from cache.spec import TokenSpec
 from cache.store import TokenStore
 from cache.writer import is_storable
 from tests.conftest import key_of, make_clip
+from tests.processes import clean_context
 
 Specs = dict[str, TokenSpec]
 PROVENANCE = {"torch": "0"}
@@ -267,7 +267,7 @@ def _create(root: Path, barrier: object) -> None:
 
 
 def test_workers_that_create_a_store_at_once_all_succeed(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
+    context = clean_context()
     for attempt in range(10):
         barrier = context.Barrier(4)
         workers = [

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import faulthandler
 import json
-import multiprocessing
 import os
 import random
 import socket
@@ -31,24 +30,11 @@ from cache.manifest import Header, Manifest, write_manifest
 from cache.spec import TokenSpec
 from cache.store import TokenStore
 from tests.conftest import key_of, make_clip
+from tests.processes import clean_context
 
 N_RECORDS = 14
 """Clip 3 has no audio, clip 5 no picture; from 10 on they are for validation."""
 FIRST_VAL = 10
-
-PRELOADED = [
-    "emocache",
-    "cache.store",
-    "eval.verbs.arguments",
-    "eval.progress",
-    "peft",
-    "tests.training",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
-    "torch.utils.tensorboard",
-    "train.loop",
-    "transformers.models.llama.modeling_llama",
-]
 
 
 def said(text: str, language: str | None = None) -> tuple[Subtitle, ...]:
@@ -99,9 +85,7 @@ def start(
     function: Callable[..., None], *args: Any, log: Path, env: Mapping[str, str] | None = None
 ) -> ForkServerProcess:
     """Start a function in a process of its own, whose output goes to a file."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_begin, args=(function, args, log, dict(env or {})))
+    process = clean_context().Process(target=_begin, args=(function, args, log, dict(env or {})))
     process.daemon = True  # none outlives pytest
     process.start()
     return process
