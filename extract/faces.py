@@ -41,7 +41,7 @@ Picture = npt.NDArray[np.uint8]
 """A frame, (H, W, 3) uint8 RGB as displayed."""
 
 OPENFACE = "openface"
-"""`FaceCrop.by` of boxes around OpenFace's landmarks."""
+"""`FaceCrop.by` of boxes around OpenFace's landmarks, where its tables are given no name of their own."""
 _N_LANDMARKS = 68
 _X, _Y = ([f"{axis}_{n}" for n in range(_N_LANDMARKS)] for axis in "xy")
 
@@ -321,7 +321,9 @@ class FaceSource:
     @property
     def given(self) -> str:
         """The same for the command line and for workers."""
-        return str(self.folder) if self.folder is not None else str(self.detector)
+        if self.folder is None:
+            return str(self.detector)
+        return str(self.folder) if self.name == OPENFACE else f"{self.name}={self.folder}"
 
     @property
     def title(self) -> str:
@@ -345,7 +347,8 @@ def open_faces(given: str, *, load: bool = False) -> FaceSource:
     """Return where faces come from.
 
     Args:
-        given: A folder of OpenFace's tables, or `module:attribute` of a detector.
+        given: A folder of OpenFace's tables, `name=folder` of tables beside others, or `module:attribute`
+            of a detector.
         load: Whether to load a detector, to learn its name; else it goes by what was given.
 
     Raises:
@@ -354,11 +357,15 @@ def open_faces(given: str, *, load: bool = False) -> FaceSource:
     folder = Path(given)
     if folder.is_dir():
         return FaceSource(OPENFACE, folder=folder.resolve())
+    name, equals, named = given.partition("=")
+    if equals and name and Path(named).is_dir():
+        return FaceSource(name, folder=Path(named).resolve())
     module, colon, attribute = given.partition(":")
     if not colon or not module or not attribute or "/" in given:
         raise SchemaError(
             f"--faces {given}: no such folder. Give the folder of OpenFace's tables (one CSV file per clip, "
-            "written with -2Dfp), or a detector as module:attribute."
+            "written with -2Dfp), NAME=DIR for tables with a name of their own, or a detector as "
+            "module:attribute."
         )
     return FaceSource(load_box_detector(given).name if load else given, detector=given)
 
@@ -383,7 +390,8 @@ def face_source(specs: Iterable[TokenSpec], given: str | None) -> FaceSource | N
         raise SchemaError(
             f"--faces {given}: gives faces found by {source.name!r}, the specs want those found by "
             f"{' and '.join(map(repr, wanted))}. Set crop.by of the specs to {source.name!r}, or give the "
-            "source that they name; several sources need an extraction each."
+            "source that they name (NAME=DIR names a folder of tables); several sources need an extraction "
+            "each."
         )
     return source
 

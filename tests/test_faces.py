@@ -453,6 +453,11 @@ def test_where_faces_come_from_must_fit_the_specs(tmp_path: Path, module: str) -
     source = face_source([WHOLE, FACES], str(tmp_path))
     assert source is not None
     assert (source.name, source.given) == ("openface", str(tmp_path.resolve()))
+    newer = FACES.model_copy(update={"crop": FaceCrop(by="openface-2.2")})
+    named = face_source([newer], f"openface-2.2={tmp_path}")
+    assert named is not None
+    assert (named.name, named.title) == ("openface-2.2", tmp_path.name)
+    assert open_faces(named.given) == named, "workers are told the same"
     theirs = FACES.model_copy(update={"crop": FaceCrop(by="brightest")})
     found = face_source([theirs], f"{module}:Brightest")
     assert found is not None
@@ -462,6 +467,13 @@ def test_where_faces_come_from_must_fit_the_specs(tmp_path: Path, module: str) -
         ([FACES], None, "found by 'openface', and nothing says where they are. Give --faces DIR"),
         ([FACES], f"{module}:Brightest", r"gives faces found by 'brightest', .* by 'openface'"),
         ([FACES, theirs], str(tmp_path), "several sources need an extraction each"),
+        (
+            [newer],
+            str(tmp_path),
+            r"found by 'openface', .* by 'openface-2.2'.*NAME=DIR names a folder",
+        ),
+        ([FACES], f"openface-2.2={tmp_path}", r"found by 'openface-2.2', .* by 'openface'"),
+        ([newer], "openface-2.2=no/such", "no such folder"),
         ([FACES], "no/such/folder", "no such folder. Give the folder of OpenFace's tables"),
         ([FACES], f"{module}:Brihgtest", "has no 'Brihgtest'. Did you mean 'Brightest'"),
         ([FACES], "no_such_module:X", "the module does not import"),

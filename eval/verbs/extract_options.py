@@ -59,7 +59,7 @@ class WorkOptions:
     faces: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR|MODULE:NAME",
+            metavar="[NAME=]DIR|MODULE:NAME",
             help="Where faces are, for tokens of faces: a folder of OpenFace's tables, or a detector.",
         ),
     ] = None

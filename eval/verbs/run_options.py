@@ -34,7 +34,7 @@ TranscribeOption = Annotated[
 FacesOption = Annotated[
     str | None,
     typer.Option(
-        metavar="DIR|MODULE:NAME",
+        metavar="[NAME=]DIR|MODULE:NAME",
         help="Where faces are, for a run on faces: a folder of OpenFace's tables, or a detector.",
     ),
 ]
