@@ -89,7 +89,7 @@ annotate_app = typer.Typer(
 @takes(AnnotateOptions, OutcomeOptions, EngineFlags)
 def annotate_command(asked: AnnotateOptions, outcome: OutcomeOptions, run: EngineFlags) -> int:
     """Describe the clips of a manifest, and write it anew; run again to continue."""
-    from eval.verbs.extract import engine_options
+    from eval.verbs.extract_work import engine_options
 
     engine = engine_options(run, "cpu")
     prepared = _prepare(asked)
@@ -105,7 +105,7 @@ def annotate_command(asked: AnnotateOptions, outcome: OutcomeOptions, run: Engin
 @takes(AnnotateOptions, WorkerOptions)
 def annotate_worker_command(asked: AnnotateOptions, own: WorkerOptions) -> int:
     """Be one worker of an annotation: for job arrays, in any number, started and ended at any time."""
-    from eval.verbs.extract import drain_after_s_of
+    from eval.verbs.extract_work import drain_after_s_of
     from extract.annotate.worker import work
 
     drain_after_s = drain_after_s_of(own.walltime)

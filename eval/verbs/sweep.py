@@ -156,7 +156,7 @@ def _corpus(given: SweepOptions, scale: Scale, folder: Path) -> tuple[Path | Non
 def _engine(given: SweepOptions, flags: EngineFlags) -> EngineOptions:
     """Return where encoders run, and arrays, refusing what cannot be."""
     from eval.verbs.arguments import check_device, choice
-    from eval.verbs.extract import engine_options
+    from eval.verbs.extract_work import engine_options
     from extract.config import PRECISIONS
 
     choice(flags.engine, _ENGINES, "--engine")
@@ -256,7 +256,7 @@ def _jobs(scale: Scale, given: int | None, engine: EngineOptions) -> int:
 
 
 def _open_store(where: str) -> TokenStore | None:
-    from eval.verbs.extract import store_if_any
+    from eval.verbs.extract_work import store_if_any
 
     return store_if_any(where)
 
