@@ -726,18 +726,20 @@ from extract.annotate.endpoints.answers import AnswerCache
 from extract.annotate.endpoints.endpoint import EndpointClient
 from extract.annotate.endpoints.questions import Question
 from extract.annotate.endpoints.transport import EndpointOptions
-url, folder, stop_s = sys.argv[1:]
+url, folder, stop_s, n = sys.argv[1:]
 options = EndpointOptions(base_url=url, api_key_env="none", in_flight=8, stop_s=float(stop_s))
-questions = (Question("r", "tiny", "p@1", f"What does clip {i}. show?") for i in range(400))
+questions = (Question("r", "tiny", "p@1", f"What does clip {i}. show?") for i in range(int(n)))
 with EndpointClient(options, AnswerCache(folder)) as client:
     for question, answer in client.ask_all(questions):
         print(question.key, flush=True)
 """
 
 
-def start_asker(server: ChatServer, folder: Path, stop_s: float = 2.0) -> subprocess.Popen[str]:
+def start_asker(
+    server: ChatServer, folder: Path, stop_s: float = 2.0, n: int = 400
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", _ASKER, server.base_url, str(folder), str(stop_s)],
+        [sys.executable, "-c", _ASKER, server.base_url, str(folder), str(stop_s), str(n)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -776,7 +778,7 @@ def test_ctrl_c_keeps_what_is_in_flight_or_gives_it_up_in_time(
     server: ChatServer, tmp_path: Path
 ) -> None:
     server.latency_s = 0.05
-    process = start_asker(server, tmp_path)
+    process = start_asker(server, tmp_path, n=10_000)
     with process:
         read_keys(process, 20)
         process.send_signal(signal.SIGINT)
@@ -784,7 +786,7 @@ def test_ctrl_c_keeps_what_is_in_flight_or_gives_it_up_in_time(
     assert "KeyboardInterrupt" in errors
     assert len(AnswerCache(tmp_path)) == server.n_requests  # all in flight were let finish
     server.fail("slow", delay_s=30.0)
-    with start_asker(server, tmp_path, stop_s=0.5) as process:
+    with start_asker(server, tmp_path, stop_s=0.5, n=10_000) as process:
         assert process.stdout is not None
         read_keys(process, 20)
         deadline = time.monotonic() + 10
