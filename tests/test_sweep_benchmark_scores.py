@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,14 @@ def out(
     write_manifest(root / "bench.parquet", Manifest(header=bench.header, records=records))
     write_bench_store(root / "tokens", specs)
     (root / "bench.yaml").write_text(SWEEP)
-    arguments = ["sweep", root / "bench.yaml", "--manifest", root / "bench.parquet", "--store",
-                 root / "tokens", "--out", root / "out", "--wheels", wheels, "--device", "cpu"]  # fmt: skip
-    assert emocache.main([str(one) for one in arguments]) == 0
+    assert run_in(root, root / "out", wheels) == 0
     return root / "out"
+
+
+def run_in(root: Path, out: Path, wheels: Path, *more: str) -> int:
+    arguments = ["sweep", root / "bench.yaml", "--manifest", root / "bench.parquet", "--store",
+                 root / "tokens", "--out", out, "--wheels", wheels, "--device", "cpu", *more]  # fmt: skip
+    return emocache.main([str(one) for one in arguments])
 
 
 def result_of(out: Path, row: str) -> dict[str, Any]:
@@ -124,3 +129,34 @@ def test_the_table_compares_the_rows_on_the_same_clips(out: Path) -> None:
         means = [rows[row]["scores"][name]["mean"] for row in ("deaf", "base")]
         assert change["difference"] == pytest.approx(means[0] - means[1])
         assert change["n_items"] == rows["base"]["scores"][name]["n_items"]
+
+
+def test_a_later_column_asks_the_sets_that_no_other_has(
+    out: Path, tmp_path: Path, wheels: Path
+) -> None:
+    later = tmp_path / "out"
+    shutil.copytree(out, later)
+    for name in ("bench.parquet", "tokens"):
+        (tmp_path / name).symlink_to(out.parent / name)
+    third = "  - {name: later, heading: Later, kind: benchmark, sets: [meld-e, caer]}\n"
+    (tmp_path / "bench.yaml").write_text(SWEEP.replace("rows:\n", third + "rows:\n"))
+    assert run_in(tmp_path, later, wheels, "--extend", "--rows", "base") == 0
+    before, now = result_of(out, "base"), result_of(later, "base")
+    for field in ("scores", "predictions"):
+        assert now[field] == {**before[field], "later": now[field]["later"]}
+    asked = [
+        {p.benchmark for p in read_predictions(folder / "predictions.jsonl")}
+        for folder in (later / "trials" / "base@42").glob("benchmark-*")
+        if (folder / "asked.json").exists()
+    ]
+    assert sorted(map(sorted, asked)) == [sorted(SETS), ["meld-e"]]
+    place = later / now["predictions"]["later"] / "predictions.jsonl"
+    caer = score_file(place, task="caer", wheels=wheels).result.score
+    meld = score_file(place, task="meld-e", wheels=wheels).result.score
+    assert now["scores"]["later"] == pytest.approx((caer + meld) / 2)
+    assert caer == pytest.approx(
+        accuracy_score(
+            [p.truth for p in replies_of(out, "base", "caer")],
+            [p.reply.strip().lower() for p in replies_of(out, "base", "caer")],
+        )
+    )

@@ -185,6 +185,32 @@ def test_tokens_of_a_richer_spec_in_the_store_serve(
     assert video.richer == {richer.spec_id: 9}
 
 
+def test_a_richer_spec_that_is_stored_is_not_encoded_for_other_rows_records(
+    tmp_path: Path,
+) -> None:
+    of = manifest("a", "b")
+    settings = {"coarse": (), "fine": ("tokens.video.grid=4", "data.corpora=[a]")}
+    coarse, fine = (
+        trial(row, *given, *_digests(trial(row, *given))) for row, given in settings.items()
+    )
+    specs = {one.row: one.preset.tokens.by_input()["video"] for one in (coarse, fine)}
+    both, lacking = of.records, of.records[-4]  # a training clip of b
+    store = filled_store(tmp_path / "s", [specs["coarse"]], [r for r in both if r != lacking])
+    ours = [r for r in both if r.uid.startswith("a/") or r.split == "test"]
+    filled_store(tmp_path / "s", [specs["fine"]], ours)
+    store.refresh()
+    alone = planned(coarse, of=of, store=store)
+    plan = planned(coarse, fine, of=of, store=store)
+    video = {w.spec.grid: w for w in plan.wanted if w.spec.stream == "video"}
+    assert (video[2].n_missing, video[4].n_missing) == (1, 0)
+    assert (video[2].encoded, video[2].is_served) == (specs["coarse"], False)
+    left = [
+        {label: counts.total() for label, counts in one.plan.misses.items() if "video" in label}
+        for one in (part for found in (alone, plan) for part in found.extractions)
+    ]
+    assert [sum(one.values()) for one in left if one] == [1, 1]
+
+
 def test_the_store_tells_the_weights_where_no_checkpoint_does(
     tmp_path: Path, specs: dict[str, TokenSpec]
 ) -> None:

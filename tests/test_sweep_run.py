@@ -217,7 +217,8 @@ def test_a_failed_row_is_tried_again_when_that_is_asked_for(
 ) -> None:
     path = trial_folder(copy.out, "first-stage@42") / RESULT_FILE
     good = path.read_text()
-    bad = {**json.loads(good), "status": "failed", "failed_step": "score", "reason": "it rained"}
+    failure = {"status": "failed", "failed_step": "score", "reason": "it rained"}
+    bad = {**json.loads(good), **failure, "scores": {}, "predictions": {}}
     path.write_text(json.dumps(bad))
     with monkeypatch.context() as patched:
         start_nothing(patched)

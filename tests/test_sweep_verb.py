@@ -221,8 +221,6 @@ def test_a_folder_of_something_else_is_refused(
         ("tokens.audio: null", "tokens.video: null", "row no-audio, tokens.audio"),
         ("stage: stage1", "stage: stage2", "row first-stage, stage: 'stage1' there, 'stage2' now"),
         ("  - {name: first-stage, stage: stage1}\n", "", "row first-stage is gone"),
-        ("split: val}", "split: train}", "score f1, split: 'val' there, 'train' now"),
-        ("name: f1,", "name: f2,", "score f1 is gone"),
         ("name: small", "name: large", "name: small there, large now"),
     ],
 )

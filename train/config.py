@@ -346,7 +346,7 @@ class Preset(Model):
     """Trained parts to start the first stage from: a run, one of its stages' folders, or what
     `emocache import-checkpoint` wrote; None starts from scratch."""
     execution: ExecutionConfig = ExecutionConfig()
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, lt=2**63)
     bundled_weights: dict[str, str] = Field(default_factory=dict)
     """Encoder kind -> checkpoint file that ships with the project; empty for real encoders."""
 

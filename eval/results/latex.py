@@ -34,9 +34,13 @@ def latex(tables: Sequence[Table]) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """Escape a text for LaTeX, on one line and without control characters."""
+    r"""Escape a text for LaTeX, on one line and without control characters.
+
+    A cell behind `\\` or a rule would be taken as its argument if it began with `[` or `*`.
+    """
     text = "".join(c for c in " ".join(text.split()) if c.isprintable())
-    return "".join(_SPECIAL.get(c) or _SIGNS.get(c) or c for c in text)
+    text = "".join(_SPECIAL.get(c) or _SIGNS.get(c) or c for c in text.strip())
+    return f"{{{text[0]}}}{text[1:]}" if text.startswith(("[", "*")) else text
 
 
 def _tabular(table: Table) -> str:

@@ -28,6 +28,14 @@ from train.text.tasks import SEVERAL_LABELS, TASK_TABLE, check_task
 
 FOLDER = Path(__file__).with_name("files")
 """The shipped files."""
+MAX_VALUES = 100_000
+"""Most values of a file with its aliases written out: far more than 1,000 rows have."""
+MAX_DEPTH = 50
+"""Most brackets around a value; presets nest to a tenth of it."""
+_MAX_BITS = 1024
+"""Of a whole number: as far as floats reach; longer ones cannot even be printed."""
+_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in "map seq str int float bool null".split())
+"""What JSON has too."""
 
 
 def shipped() -> dict[str, Path]:
@@ -98,50 +106,115 @@ def _find(name_or_path: str | Path) -> tuple[Path, str]:
     return files[name], f"{name}.yaml"
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe loader, refusing with a line what would take it minutes, all memory or the stack."""
+
+    def __init__(self, text: str, path: str) -> None:
+        super().__init__(text)
+        self._path = path
+        self._depth = 0
+        self._n_values = 0
+        self._size: dict[int, int] = {}
+        """Identity of a node -> values in it, aliases written out."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose a node, counting what it holds: an alias counts as what it stands for."""
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        line = event.start_mark.line + 1
+        before = self._n_values
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise SchemaError(_too_deep(self._path, line))
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            if id(node) not in self._size:
+                raise SchemaError(
+                    f"{self._path}:{line}: an alias of something that it is a part of"
+                )
+            self._n_values += self._size[id(node)]
+        else:
+            self._n_values += 1
+            self._size[id(node)] = self._n_values - before
+        if self._n_values > MAX_VALUES:
+            raise SchemaError(
+                f"{self._path}:{line}: with its aliases written out the file holds more than "
+                f"{MAX_VALUES} values, which no sweep needs; name fewer aliases of aliases"
+            )
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return the value of a node."""
+        line = node.start_mark.line + 1
+        try:
+            value = super().construct_object(node, deep)
+        except (SchemaError, yaml.YAMLError):
+            raise
+        except (ValueError, LookupError) as error:
+            # What a tag or the look of a number promises and the text does not hold.
+            said = str(error).splitlines()[0] if isinstance(error, ValueError) else "a wrong tag"
+            raise SchemaError(f"{self._path}:{line}: not YAML ({said})") from None
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            raise SchemaError(
+                f"{self._path}:{line}: a whole number of {value.bit_length()} bits; at most {_MAX_BITS}"
+            )
+        return value
+
+
+def _too_deep(path: str, line: int) -> str:
+    return f"{path}:{line}: nested more than {MAX_DEPTH} deep, which no setting is; close some brackets"
+
+
 def _parse(text: str, path: str) -> tuple[dict[str, Any], Source]:
     """Return the plain data of a YAML text, and the line of each field."""
-    loader = yaml.SafeLoader(text)
     lines: dict[Place, int] = {}
+    try:
+        loader = _Loader(text, path)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise SchemaError(f"{path}:{line}: not YAML ({str(error).splitlines()[0]})") from None
     try:
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise SchemaError(
                 f"{path}: holds no sweep. A sweep is a mapping with name, title, preset, scores and rows"
             )
-        _note_lines(node, (), lines, path, ())
+        _note_lines(node, (), lines, path)
         data: dict[str, Any] = loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise SchemaError(f"{path}:{line}: not YAML ({error.problem})") from None
-    except SchemaError:
-        raise
-    except (yaml.YAMLError, ValueError) as error:
-        # A value that looks like a date and is none raises ValueError.
+    except yaml.YAMLError as error:
         raise SchemaError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
     finally:
         loader.dispose()
     return data, Source(path, text, lines)
 
 
-def _note_lines(
-    node: yaml.Node, place: Place, lines: dict[Place, int], path: str, around: tuple[int, ...]
-) -> None:
-    """Note the line of every field below a node; refuse a key that is given twice.
+def _note_lines(node: yaml.Node, place: Place, lines: dict[Place, int], path: str) -> None:
+    """Note the line of every field below a node; refuse what JSON has not, and a key given twice.
 
     Args:
         node: Where to look.
         place: Of the node.
         lines: Where to note them.
         path: Of the file, for messages.
-        around: Identities of the nodes around it, one of which an alias may name again.
     """
     lines.setdefault(place, node.start_mark.line + 1)
-    if id(node) in around:
-        raise SchemaError(f"{path}:{lines[place]}: an alias of something that it is a part of")
-    around = (*around, id(node))
+    # Aliases nest deeper than the text does.
+    if len(place) > MAX_DEPTH:
+        raise SchemaError(_too_deep(path, lines[place]))
+    if node.tag not in _TAGS:
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        raise SchemaError(
+            f"{path}:{node.start_mark.line + 1}: a value of kind '{kind}'; a sweep file has texts, "
+            "numbers, true, false, null, lists and mappings. Put it in quotes if it is a text"
+        )
+    if isinstance(node, yaml.ScalarNode):
+        _check_text(node, path)
     if isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
-            _note_lines(item, (*place, number), lines, path, around)
+            _note_lines(item, (*place, number), lines, path)
     elif isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}
         for key, value in node.value:
@@ -150,6 +223,11 @@ def _note_lines(
                 raise SchemaError(f"{path}:{line}: a sweep file has no merge keys; write them out")
             if not isinstance(key, yaml.ScalarNode):
                 raise SchemaError(f"{path}:{line}: a key must be a word")
+            if key.tag != "tag:yaml.org,2002:str":
+                raise SchemaError(
+                    f"{path}:{line}: the key {key.value!r:.60} is no word to YAML; put it in quotes"
+                )
+            _check_text(key, path)
             if key.value in first:
                 raise SchemaError(
                     f"{path}:{line}: '{key.value}' is given twice, first in line {first[key.value]}; "
@@ -157,7 +235,18 @@ def _note_lines(
                 )
             first[key.value] = line
             lines[(*place, key.value)] = line
-            _note_lines(value, (*place, key.value), lines, path, around)
+            _note_lines(value, (*place, key.value), lines, path)
+
+
+def _check_text(node: yaml.ScalarNode, path: str) -> None:
+    """Refuse half of a character, which no file can hold."""
+    try:
+        node.value.encode()
+    except UnicodeEncodeError:
+        raise SchemaError(
+            f"{path}:{node.start_mark.line + 1}: a text with half a character ({node.value!r:.60}); "
+            "write the character itself"
+        ) from None
 
 
 def _fill_columns(data: dict[str, Any]) -> None:
@@ -182,10 +271,13 @@ def _name_sets(data: dict[str, Any], source: Source) -> None:
             continue
         named: list[Any] = []
         for place, name in enumerate(sets):
+            if not isinstance(name, str):
+                named.append(name)
+                continue
             if name not in groups and name not in benchmarks():
                 raise SchemaError(
                     f"{source.where(('scores', number, 'sets', place))}: unknown benchmark '{name}'."
-                    f"{near_miss(str(name), [*groups, *benchmarks()])} Allowed: "
+                    f"{near_miss(name, [*groups, *benchmarks()])} Allowed: "
                     f"{', '.join([*groups, *benchmarks()])}"
                 )
             named += groups.get(name, [name])

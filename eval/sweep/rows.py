@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,7 +32,17 @@ from cache.errors import EmocacheError, SchemaError, near_miss
 from cache.overrides import assign
 from cache.recipes import token_specs
 from cache.schema import canonical_json, located
-from eval.sweep.schema import Place, Row, Scale, SweepFile, SweepRow, Trial
+from eval.sweep.schema import (
+    MAX_NAME,
+    MAX_TRIALS,
+    Place,
+    Row,
+    Scale,
+    SweepFile,
+    SweepRow,
+    Trial,
+    not_finite,
+)
 from train.config import GROWING, INPUTS, STREAM_OF, Preset
 from train.presets import PRESETS, preset
 from train.scaling import at_demo_scale
@@ -47,10 +58,12 @@ def rows_of(sweep: SweepFile) -> tuple[Row, ...]:
     values.
 
     Raises:
-        SchemaError: Rows of one name, cells that do not fit the columns, or an unknown baseline; names
-            the file and the line.
+        SchemaError: Too many rows, rows of one name or of too long a one, cells that do not fit the
+            columns, or an unknown baseline; names the file and the line.
     """
+    _check_number(sweep)
     rows: list[Row] = []
+    names: set[str] = set()
     for number, row in enumerate(sweep.rows) if sweep.rows else [(None, None)]:
         place: Place = ("rows", number) if number is not None else ("grid",)
         for values in _combinations(sweep.grid):
@@ -60,7 +73,13 @@ def rows_of(sweep: SweepFile) -> tuple[Row, ...]:
                     "of the grid; leave it to one of them"
                 )
             made = _row(row, number, values)
-            if any(made.name == other.name for other in rows):
+            if len(made.name) > MAX_NAME:
+                raise SchemaError(
+                    f"{sweep.where('grid')}: the grid gives a row a name of {len(made.name)} bytes "
+                    f"('{made.name[:40]}...'); names of folders end at {MAX_NAME}. Write rows with names "
+                    "of their own in place of the grid, or give shorter values"
+                )
+            if made.name in names:
                 raise SchemaError(
                     f"{sweep.where(*place)}: the grid gives two rows the name '{made.name}'"
                 )
@@ -71,11 +90,12 @@ def rows_of(sweep: SweepFile) -> tuple[Row, ...]:
                     f"({', '.join(sweep.columns)})"
                 )
             rows.append(made)
-    names = [row.name for row in rows]
+            names.add(made.name)
     if sweep.baseline is not None and sweep.baseline not in names:
+        known = [row.name for row in rows]
         raise SchemaError(
             f"{sweep.where('baseline')}: no row '{sweep.baseline}' to compare with."
-            f"{near_miss(sweep.baseline, names)} Rows: {', '.join(names)}"
+            f"{near_miss(sweep.baseline, known)} Rows: {', '.join(known)}"
         )
     return _with_seeds(sweep, rows)
 
@@ -121,6 +141,19 @@ def run_key(trial: Trial) -> str:
     """
     fields = trial.preset.model_dump(mode="json", exclude={"name", "execution"})
     return hashlib.sha256(canonical_json(fields).encode()).hexdigest()[:16]
+
+
+def _check_number(sweep: SweepFile) -> None:
+    """Refuse more trials than anybody trains, before any is made."""
+    points = math.prod(len(values) for values in sweep.grid.values())
+    given = [len(row.seeds or sweep.seeds) for row in sweep.rows] or [len(sweep.seeds)]
+    n_trials = points * sum(given)
+    if n_trials > MAX_TRIALS:
+        at = "grid" if points > 1 else "seeds" if len(sweep.seeds) > 1 else "rows"
+        raise SchemaError(
+            f"{sweep.where(at)}: rows ({len(given)}) times points of the grid ({points}) times seeds make "
+            f"{n_trials} trials; a sweep has at most {MAX_TRIALS}. Leave some out, or make several sweeps"
+        )
 
 
 def _combinations(grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
@@ -252,6 +285,12 @@ def _resolve(
             for loc, said in located(Preset, error)
         ]
         raise SchemaError("\n".join(faults)) from None
+    # A text such as "inf" passes for a number too.
+    if (fault := not_finite(resolved.model_dump(mode="json"))) is not None:
+        raise SchemaError(
+            f"{sweep.where(*_at_fault(fault, settings, at))}: row '{row}': "
+            f"'{'.'.join(map(str, fault))}' must be finite"
+        )
     try:
         resolved.view_shapes()
     except EmocacheError as error:

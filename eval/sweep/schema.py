@@ -12,12 +12,13 @@ resolved presets are equal share one *run*, whose key is a digest of that preset
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, PrivateAttr, model_validator
+from pydantic import AfterValidator, Field, FiniteFloat, JsonValue, PrivateAttr, model_validator
 
 from cache.schema import Model
 from eval.parse import LabelReading
@@ -28,6 +29,46 @@ Scale = Literal["full", "demo"]
 
 Place = tuple[str | int, ...]
 """A field of a file: keys and list positions, from the outermost."""
+
+MAX_NAME = 200
+"""Longest name: one with a seed names a folder, and file systems end at 255 bytes."""
+MAX_SEED = 2**63 - 1
+"""Largest seed: a signed number of 64 bits, which torch takes."""
+MAX_TRIALS = 1000
+"""Most rows times seeds of a sweep: more than anybody trains, and soon resolved and planned."""
+
+
+def not_finite(data: Any) -> Place | None:
+    """Return where plain data holds a number that JSON has not (NaN, infinity); None if nowhere."""
+    if isinstance(data, float):
+        return None if math.isfinite(data) else ()
+    items: Iterable[tuple[str | int, Any]] = ()
+    if isinstance(data, Mapping):
+        items = data.items()
+    elif isinstance(data, list | tuple):
+        items = enumerate(data)
+    for key, value in items:
+        if (inner := not_finite(value)) is not None:
+            return (key, *inner)
+    return None
+
+
+def _finite(value: JsonValue) -> JsonValue:
+    if not_finite(value) is not None:
+        raise ValueError("a setting must be finite; .nan and .inf are no numbers to train with")
+    return value
+
+
+def _some_value(axis: tuple[JsonValue, ...]) -> tuple[JsonValue, ...]:
+    if not axis:
+        raise ValueError("an axis without values makes no rows; give it some, or leave it out")
+    return axis
+
+
+Seed = Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)]
+"""Strict, so that `true` and `1.0` are not taken for seeds."""
+SettingValue = Annotated[JsonValue, AfterValidator(_finite)]
+"""Value of a setting, as it survives in JSON files."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +96,7 @@ class Source:
 class ScoreColumn(Model):
     """One figure that every row gets."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=MAX_NAME)
     heading: str
     kind: Literal["benchmark", "split"]
     """`benchmark`: the mean over sets of MMEVerse-Bench; `split`: a score on records of a manifest."""
@@ -83,20 +124,20 @@ class Axis(Model):
 class SweepRow(Model):
     """One line of the table."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=MAX_NAME)
     cells: tuple[str, ...] = ()
     """What the line shows under `SweepFile.columns`; empty shows the name."""
     group: str | None = None
     """Heading above it and those of the same group behind it."""
     preset: str | None = None
     """None takes the sweep's."""
-    set: dict[str, JsonValue] = Field(default_factory=dict)
+    set: dict[str, SettingValue] = Field(default_factory=dict)
     """Dotted path -> value, over the sweep's settings."""
     stage: str | None = None
     """Score the model as it is behind this stage; None scores it behind the last."""
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[Seed, ...] = ()
     """Empty takes the sweep's."""
-    published: dict[str, float] = Field(default_factory=dict)
+    published: dict[str, FiniteFloat] = Field(default_factory=dict)
     """Score column -> the paper's figure, as printed (in percent where the paper has percent)."""
     note: str | None = None
 
@@ -105,27 +146,29 @@ class SweepFile(Model):
     """A sweep as its YAML file says it."""
 
     schema_version: Literal[1] = 1
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=MAX_NAME)
     title: str
     source: str | None = None
     """Where the rows are published."""
     about: str | None = None
     """What a reader should know: choices that the source leaves open."""
     preset: str
-    set: dict[str, JsonValue] = Field(default_factory=dict)
+    set: dict[str, SettingValue] = Field(default_factory=dict)
     """Settings of all rows."""
-    seeds: tuple[int, ...] = Field(default=(42,), min_length=1)
+    seeds: tuple[Seed, ...] = Field(default=(42,), min_length=1)
     columns: tuple[str, ...] = ("row",)
     """Headings of the rows' cells."""
     scores: tuple[ScoreColumn, ...] = Field(min_length=1)
     rows: tuple[SweepRow, ...] = ()
-    grid: dict[str, tuple[JsonValue, ...]] = Field(default_factory=dict)
+    grid: dict[str, Annotated[tuple[SettingValue, ...], AfterValidator(_some_value)]] = Field(
+        default_factory=dict
+    )
     """Dotted path -> values: each row, or the one row that the sweep is without rows, once per
     combination."""
     baseline: str | None = None
     """Row that the others are tested against."""
     plot: Axis | None = None
-    demo: dict[str, JsonValue] = Field(default_factory=dict)
+    demo: dict[str, SettingValue] = Field(default_factory=dict)
     """Settings of all rows at demo scale, over the row's own: steps and batches."""
 
     _source: Source | None = PrivateAttr(default=None)

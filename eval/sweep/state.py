@@ -15,16 +15,16 @@ from what is there.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from cache.errors import SchemaError, StoreError
+from cache.errors import SchemaError, SpecMismatchError, StoreError
 from cache.files import write_aside, write_text_aside
 from cache.schema import Model, decode_json
-from cache.spec import differences
-from eval.sweep.schema import Row, Scale, ScoreColumn, SweepFile, TrialResult
-from train.config import Preset
+from cache.spec import TokenSpec, differences
+from eval.sweep.schema import Row, Scale, ScoreColumn, SweepFile, Trial, TrialResult
+from train.config import Input, Preset
 
 SWEEP_FILE = "sweep.json"
 RESULT_FILE = "result.json"
@@ -178,13 +178,19 @@ def _refuse_contradiction(out: Path, known: Begun, wanted: Begun) -> None:
     if known.sweep.name != wanted.sweep.name:
         told.append(f"name: {known.sweep.name} there, {wanted.sweep.name} now")
     else:
-        told += _changed_scores(known.sweep.scores, wanted.sweep.scores)
+        told += _changed_scores(_scored(out, known), wanted.sweep.scores)
         told += _changed_trials(known.trials, wanted.trials)
     if told:
         raise SchemaError(
             f"{out}: another sweep was begun here ({_few(told)}). Undo the change, or give another --out. "
             "To leave rows out of this start, name the others with --rows."
         )
+
+
+def _scored(out: Path, known: Begun) -> list[ScoreColumn]:
+    """Return the columns that some trial has a score of; what failed in all may be changed and dropped."""
+    names = {name for one in results_of(out, known.trials).values() for name in one.scores}
+    return [column for column in known.sweep.scores if column.name in names]
 
 
 def _changed_scores(known: Sequence[ScoreColumn], wanted: Sequence[ScoreColumn]) -> Iterator[str]:
@@ -303,31 +309,96 @@ def is_settled(result: TrialResult | None, scores: Sequence[ScoreColumn]) -> boo
     """True of a trial that failed, or has every score that is asked for."""
     if result is None:
         return False
-    return result.status == "failed" or all(column.name in result.scores for column in scores)
+    return result.status == "failed" or has_all(result, scores)
+
+
+def has_all(result: TrialResult, scores: Sequence[ScoreColumn]) -> bool:
+    """True of a trial that has every score that is asked for."""
+    return all(column.name in result.scores for column in scores)
 
 
 def fail(out: Path, trials: Sequence[BegunTrial], step: Step, reason: str) -> None:
-    """Write that trials came to nothing, and why, in one line."""
+    """Write that trials failed, and why, in one line; the scores that they have stay."""
     for trial in trials:
-        write_result(
-            out,
-            TrialResult(
-                row=trial.row,
-                seed=trial.seed,
-                run_key=trial.run_key,
-                status="failed",
-                failed_step=step,
-                reason=" ".join(reason.split()),
-            ),
+        known = read_result(out, trial.name) or TrialResult(
+            row=trial.row, seed=trial.seed, run_key=trial.run_key, status="failed"
         )
+        failure = {"status": "failed", "failed_step": step, "reason": " ".join(reason.split())}
+        write_result(out, known.model_copy(update=failure))
 
 
 def forget_failures(out: Path, trials: Sequence[BegunTrial]) -> None:
-    """Remove the results of trials that failed, so that they are tried again."""
+    """Make trials that failed open again: of their results, nothing but the scores is kept."""
     for trial in trials:
         result = read_result(out, trial.name)
-        if result is not None and result.status == "failed":
+        if result is None or result.status != "failed":
+            continue
+        if result.scores:
+            write_result(out, result.model_copy(update=_NO_FAILURE))
+        else:
             (trial_folder(out, trial.name) / RESULT_FILE).unlink()
+
+
+_NO_FAILURE: Mapping[str, Any] = {"status": "ok", "failed_step": None, "reason": None}
+
+
+def check_weights(out: Path, begun: Sequence[BegunTrial], planned: Sequence[Trial]) -> None:
+    """Refuse tokens of other weights than those that the scores in a folder are of.
+
+    Presets leave digests of weights open, so a trial's settings do not tell: what a finished training
+    read is compared with what the plan of this start gives to trials that read the same encoder.
+
+    Args:
+        out: The folder of the sweep.
+        begun: All trials of the sweep.
+        planned: Those that are to be computed, with the digests that are known.
+
+    Raises:
+        SpecMismatchError: Names the rows, the input and both specs.
+    """
+    now: dict[tuple[Any, ...], dict[str, tuple[str, TokenSpec]]] = {}
+    presets = {trial.name: trial.preset for trial in begun}
+    for trial in planned:
+        filled = trial.preset.tokens.by_input()
+        for name, key in _open_encoders(presets[trial.name]).items():
+            digest = filled[name].encoder.weights_sha256
+            if digest is not None:
+                now.setdefault(key, {}).setdefault(digest, (trial.row, filled[name]))
+    for known in begun:
+        result = read_result(out, known.name)
+        read = _read_by(out, known) if result is not None and result.scores else {}
+        for name, key in _open_encoders(known.preset).items():
+            there, found = read.get(name), now.get(key, {})
+            if there is None or not found or there.encoder.weights_sha256 in found:
+                continue
+            row, spec = next(iter(found.values()))
+            raise SpecMismatchError(
+                f"{out}: row {known.row} has scores on {name} tokens of spec {there.spec_id}, and row {row} "
+                f"would now read those of spec {spec.spec_id}, which are of other weights of the encoder "
+                f"({_digest(there)} there, {_digest(spec)} now). Give the --store and --encoder-weights "
+                "that the sweep began with, or another --out for these."
+            )
+
+
+def _open_encoders(preset: Preset) -> dict[Input, tuple[Any, ...]]:
+    """Return what decides the weights of each input whose digest the preset leaves open."""
+    return {
+        name: (spec.stream, spec.encoder, preset.bundled_weights.get(spec.encoder.kind))
+        for name, spec in preset.tokens.by_input().items()
+        if not spec.is_resolved
+    }
+
+
+def _read_by(out: Path, trial: BegunTrial) -> dict[Input, TokenSpec]:
+    """Return the stored specs that a trial's training read; empty where its folder is gone."""
+    from train.running.run import read_run
+
+    run = run_folder(out, trial.run_key)
+    return read_run(run)[0].tokens.by_input() if (run / "run.json").is_file() else {}
+
+
+def _digest(spec: TokenSpec) -> str:
+    return f"{spec.encoder.weights_sha256}"[:12]
 
 
 def copy_log(out: Path, run_key: str, trial: str) -> None:

@@ -277,7 +277,7 @@ def _wheels(sweep: SweepFile, given: Path | None) -> Path | None:
 
 def _look(wanted: _Wanted, given: SweepOptions, engine: EngineOptions) -> int:
     """Say what would be done."""
-    from eval.sweep.state import check_begun
+    from eval.sweep.state import check_begun, check_weights
 
     check_begun(wanted.out, wanted.begun, extend=given.extend)
     prepared = _prepare(wanted, wanted.chosen, given, engine)
@@ -289,6 +289,7 @@ def _look(wanted: _Wanted, given: SweepOptions, engine: EngineOptions) -> int:
         for text in explain_lines(prepared.plan, width=min(out.width, 100)):
             out.print(text, markup=False, highlight=False, soft_wrap=True)
     prepared.plan.check()
+    check_weights(wanted.out, wanted.begun.trials, prepared.plan.trials)
     if given.print_script:
         _print_scripts(prepared, wanted)
     return DONE
@@ -334,26 +335,43 @@ def _run(wanted: _Wanted, given: SweepOptions, engine: EngineOptions) -> int:
     from eval.sweep.running.at_work import leading
     from eval.sweep.running.run import lead
     from eval.sweep.running.watch import sweep_view
-    from eval.sweep.state import begin, check_begun, forget_failures, is_settled, results_of
+    from eval.sweep.state import (
+        begin,
+        check_begun,
+        check_weights,
+        forget_failures,
+        has_all,
+        is_settled,
+        results_of,
+    )
 
     folder, scores = wanted.out, wanted.sweep.scores
     with leading(folder):
         check_begun(folder, wanted.begun, extend=given.extend)
-        known = results_of(folder, wanted.chosen)
+        known = results_of(folder, wanted.begun.trials)
+        # One that failed at a score which is now taken out of the file lacks nothing any more.
+        whole = [
+            t for t in wanted.begun.trials if t.name in known and has_all(known[t.name], scores)
+        ]
         todo = tuple(
             trial
             for trial in wanted.chosen
             if not is_settled(known.get(trial.name), scores)
-            or (given.retry_failed and known[trial.name].status == "failed")
+            or (
+                given.retry_failed
+                and known[trial.name].status == "failed"
+                and not has_all(known[trial.name], scores)
+            )
         )
         prepared = None
         if todo:
             prepared = _prepare(wanted, todo, given, engine)
             prepared.plan.check()
+            check_weights(folder, wanted.begun.trials, prepared.plan.trials)
             for remark in prepared.plan.remarks:
                 err.print(remark, markup=False, highlight=False, soft_wrap=True)
         begun = begin(folder, wanted.begun, extend=given.extend)
-        forget_failures(folder, todo)
+        forget_failures(folder, [*todo, *whole])
         stopped: StoppedError | None = None
         if prepared is not None:
             if engine.kind == "slurm":

@@ -29,7 +29,8 @@ class SweepOptions:
     out_dir: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="Folder of the sweep; the same one continues it. Default: sweeps/NAME."
+            "--out",
+            help="Folder of the sweep; the same one continues it. Default: sweeps/NAME, or sweeps/NAME-demo.",
         ),
     ] = None
     rows: Annotated[

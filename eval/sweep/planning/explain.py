@@ -215,8 +215,8 @@ def _why(plan: SweepPlan, row: RowPlan, wanted: Wanted) -> str:
     """Say why an input's tokens must be encoded: what is stored or planned, and how it differs."""
     reasons = ", ".join(f"{_REASONS.get(r, r)} ({n:,})" for r, n in wanted.misses.items())
     if wanted.is_served:
-        other = next(w for w in plan.wanted if w.spec == wanted.source)
-        text = _differences(wanted.spec, wanted.source, "here", "there")
+        other = next(w for w in plan.wanted if w.spec == wanted.encoded)
+        text = _differences(wanted.spec, wanted.encoded, "here", "there")
         return (
             f"{reasons}; read from the richer {other.label} that row {other.rows[0]} needs ({text}), so "
             "nothing is encoded for it alone"

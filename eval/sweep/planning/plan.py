@@ -53,7 +53,10 @@ class Wanted:
     spec: TokenSpec
     """As the rows want it; its weights are open where no checkpoint is given."""
     source: TokenSpec
-    """What is encoded for it: itself, or a richer spec of another row."""
+    """What is encoded for it where nothing is stored: itself, or a richer spec of another row."""
+    encoded: TokenSpec
+    """What is encoded for the clips that are missing: `source`, unless that is stored for all of its own
+    records, and would be encoded for the other row's alone."""
     label: str
     """What people call it; unique within a plan."""
     rows: tuple[str, ...]
@@ -64,17 +67,17 @@ class Wanted:
     richer: Counter[str] = field(default_factory=Counter)
     """How many of the known come from a richer spec of the store, by its spec_id."""
     misses: Counter[str] = field(default_factory=Counter)
-    """How many are not stored, by reason; `source` is encoded for them."""
+    """How many are not stored, by reason; `encoded` is encoded for them."""
 
     @property
     def n_missing(self) -> int:
-        """Clips that must be encoded under `source`."""
+        """Clips that must be encoded under `encoded`."""
         return self.misses.total()
 
     @property
     def is_served(self) -> bool:
         """True if another row's richer tokens are encoded instead."""
-        return self.source != self.spec
+        return self.encoded != self.spec
 
 
 @dataclass(frozen=True)
@@ -314,6 +317,7 @@ class _Union:
                 found[spec] = Wanted(
                     spec=spec,
                     source=sources[spec],
+                    encoded=spec,
                     label=labels[spec],
                     rows=tuple(self._rows[spec]),
                     n_clips=known.total() + misses.total(),
@@ -321,7 +325,8 @@ class _Union:
                     richer=plan.served[label],
                     misses=misses,
                 )
-        return {spec: found[spec] for spec in specs}
+        left = reduced([spec for spec in specs if found[spec].n_missing])
+        return {spec: replace(found[spec], encoded=left.get(spec, spec)) for spec in specs}
 
     def _plan(self, places: tuple[int, ...], specs: Sequence[TokenSpec]) -> Plan:
         """Compare some records with the store; the same question is asked once."""
@@ -334,8 +339,8 @@ class _Union:
         """Return what is left to encode; `paths` are checkpoints by spec_id."""
         needed: dict[TokenSpec, set[int]] = {}
         for spec, wanted in self.wanted.items():
-            if wanted.n_missing:  # else a richer one need not be encoded for its rows
-                needed.setdefault(wanted.source, set()).update(self._places[spec])
+            if wanted.n_missing:
+                needed.setdefault(wanted.encoded, set()).update(self._places[spec])
         found = []
         for places, specs in _by_places(needed).items():
             plan = self._plan(places, specs)

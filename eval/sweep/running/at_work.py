@@ -46,6 +46,8 @@ TOKENS = "tokens"
 
 _GRACE_S = 60.0
 """Time for a last checkpoint when the starter of a process is gone."""
+_LOOK_S = 1.0
+"""Nobody who only looks who leads takes so long."""
 
 
 class AtWork(Model):
@@ -201,14 +203,8 @@ def leading(out: Path) -> Iterator[None]:
     """
     if out.exists() and not out.is_dir():
         raise StoreError(f"{out}: is a file. Give a folder with --out.")
-    out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out / LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o644)
+    descriptor = _take_lead(out)
     try:
-        if not _lock(descriptor):
-            raise StoreError(
-                f"{out}: {_holder(descriptor)} runs this sweep already. Look at it with: emocache sweep "
-                f"--status --out {out}. Or give another --out."
-            )
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
@@ -220,6 +216,44 @@ def leading(out: Path) -> Iterator[None]:
         os.close(descriptor)  # gives the lock up
 
 
+def _take_lead(out: Path) -> int:
+    """Return the descriptor of the lock file, locked and in its place.
+
+    Raises:
+        StoreError: Another process has it for more than a second; who looks has it for a moment.
+    """
+    path, until_s = out / LOCK_FILE, time.monotonic() + _LOOK_S
+    while True:
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        except FileNotFoundError:  # who was refused took the folder along just now
+            if time.monotonic() > until_s:
+                raise
+            continue
+        if not _lock(descriptor):
+            if time.monotonic() > until_s:
+                holder = _holder(descriptor)
+                os.close(descriptor)
+                raise StoreError(
+                    f"{out}: {holder} runs this sweep already. Look at it with: emocache sweep "
+                    f"--status --out {out}. Or give another --out."
+                )
+            time.sleep(0.02)
+        elif _is_at(descriptor, path):
+            return descriptor
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """True if an open file is still the one of a path: who led before may have deleted it."""
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(descriptor), there)
+
+
 def leader(out: Path) -> str | None:
     """Return who leads a sweep just now; None: nobody."""
     try:
@@ -227,7 +261,7 @@ def leader(out: Path) -> str | None:
     except FileNotFoundError:
         return None
     try:
-        return None if _lock(descriptor) else _holder(descriptor)
+        return None if _lock(descriptor, fcntl.LOCK_SH) else _holder(descriptor)
     finally:
         os.close(descriptor)
 
@@ -252,14 +286,15 @@ def is_held(out: Path, key: str) -> bool:
     except FileNotFoundError:
         return False
     try:
-        return not _lock(descriptor)
+        return not _lock(descriptor, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
+def _lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Take a lock if it can be had at once; those who only look share it."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -204,7 +204,7 @@ def _rows_of(plan: SweepPlan, encoded: Sequence[TokenSpec]) -> tuple[str, ...]:
     rows = {
         row
         for wanted in plan.wanted
-        if wanted.source in encoded and wanted.n_missing
+        if wanted.encoded in encoded and wanted.n_missing
         for row in wanted.rows
     }
     return tuple(row.name for row in plan.rows if row.name in rows)

@@ -50,6 +50,8 @@ _ANSWER_S = 30.0
 _POLL_S = 5.0
 _N_SILENT = 3
 """So many times in a row may Slurm not know a task that has not ended, before it counts as lost."""
+_N_ASKED, _ASK_AGAIN_S = 6, 10.0
+"""How often, and how far apart, Slurm is asked for an earlier array before we give up."""
 _STOPPED = (130, 138, 143)
 """Exit codes of a task whose machine Slurm wants back: by us, by SIGUSR1, by SIGTERM."""
 
@@ -70,11 +72,11 @@ def lead_array(
 
     Raises:
         StoppedError: Ctrl-C or a signal; what was submitted goes on.
-        ExtractionStopped: Nothing can be encoded, or Slurm does not take the jobs.
+        ExtractionStopped: Nothing can be encoded, or Slurm does not take the jobs or does not answer.
     """
     with Interrupt() as interrupt:
         encode(start, plan, trials, Crew(start, interrupt, on_tick))
-        array = _running(start.out)
+        array = _running(start.out, interrupt)
         if array is not None:
             logger.info("looking on at Slurm job %s, which was submitted before", array.job)
             _look_on(start, array, trials, interrupt, on_tick)
@@ -146,11 +148,13 @@ def array_script(start: Start, orders: Sequence[Order]) -> str:
     )
     at_once = f"%{start.jobs}" if start.jobs else ""
     log = work_file(out, f"{_ARRAY}-%A_%a", "log")
+    # Slurm takes quotes as a shell does, and fills in what stands behind a percent sign.
+    output = f"{str(log.parent).replace('%', '%%')}/{log.name}"
     lines = [
         "#!/usr/bin/env bash",
         _head(options),
         f"#SBATCH --array=0-{len(orders) - 1}{at_once}",
-        f"#SBATCH --output={log}",
+        f'#SBATCH --output="{output}"',
         "#SBATCH --open-mode=append",
         # Reaches the step ahead of its end: a training saves its state behind the step that it is at.
         *([f"#SBATCH --signal=USR1@{MARGIN_S:.0f}"] if options.walltime_s else []),
@@ -193,13 +197,31 @@ def _array_file(out: Path) -> Path:
     return out / f".{_ARRAY}.json"
 
 
-def _running(out: Path) -> Array | None:
-    """Return the array that was submitted last, if Slurm still has a task of it."""
+def _running(out: Path, interrupt: Interrupt) -> Array | None:
+    """Return the array that was submitted last, if Slurm still has a task of it.
+
+    Raises:
+        ExtractionStopped: Slurm does not say: another array would do the same work at the same time.
+    """
     path = _array_file(out)
     if not path.exists():
         return None
     array = decode_json(Array, path.read_bytes(), str(path))
-    return array if _queue(array.job) else None
+    for n in range(_N_ASKED):
+        queue = _queue(array.job)
+        if queue is not None:
+            return array if queue else None
+        logger.warning("squeue does not answer (%d of %d)", n + 1, _N_ASKED)
+        until_s = time.monotonic() + _ASK_AGAIN_S
+        while time.monotonic() < until_s and not interrupt.requested:
+            time.sleep(0.2)
+        if interrupt.requested:
+            return None  # and nothing will be submitted
+    raise ExtractionStopped(
+        f"squeue does not say whether tasks of Slurm job {array.job}, which was submitted before, are left, "
+        "so nothing was submitted: two arrays would do the same work. Run the same command when Slurm "
+        f"answers, or delete {path} if the job is gone."
+    )
 
 
 def _look_on(

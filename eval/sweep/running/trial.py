@@ -17,13 +17,19 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cache.errors import EmocacheError, ManifestError, StoppedError
+from cache.errors import (
+    EmocacheError,
+    ManifestError,
+    PredictionError,
+    SpecMismatchError,
+    StoppedError,
+)
 from cache.schema import decode_json
 from eval.sweep.running.at_work import Order, Telling, end_with, holding, log_plainly, speak_to
 from eval.sweep.schema import ScoreColumn, TrialResult
@@ -120,7 +126,6 @@ def _train_and_score(order: Order, left: Sequence[BegunTrial], telling: Telling)
         speak_to(trial_folder(out, trial.name) / LOG_FILE)
         with _recorded(out, [trial], "score") as scoring:
             result = _score(order, trial, info, manifest, store, device, telling)
-            write_result(out, result)
             logger.info("%s: %s", trial.name, result.scores)
         speak_to(work_file(out, order.run_key, "log"))
         if scoring.is_bug and number + 1 < len(left):
@@ -219,25 +224,53 @@ def _score(
     started = time.monotonic()
     run = run_folder(out, order.run_key)
     trained = load_run(run, device, header=manifest.header, stage=trial.stage)
-    asked = _Asked(order, trained, manifest, store, folder, telling)
-    places = {column.name: asked.replies(column) for column in order.scores}
-    wheels = None if order.wheels is None else Path(order.wheels)
-    scores = {
-        column.name: score_of(read_sides(places[column.name], column, wheels=wheels))
-        for column in order.scores
-    }
-    return TrialResult(
-        row=trial.row,
-        seed=trial.seed,
-        run_key=order.run_key,
-        status="ok",
-        scores=scores,
-        predictions={name: str(place.relative_to(out)) for name, place in places.items()},
-        n_trainable=sum(info.trainable.values()),
-        spec_ids={name: spec.spec_id for name, spec in trained.preset.tokens.by_input().items()},
-        train_s=sum(info.seconds.values()),
-        score_s=time.monotonic() - started,
+    spec_ids = {name: spec.spec_id for name, spec in trained.preset.tokens.by_input().items()}
+    result = read_result(out, trial.name) or TrialResult(
+        row=trial.row, seed=trial.seed, run_key=order.run_key, status="ok"
     )
+    if result.scores and result.spec_ids != spec_ids:  # its run was removed, and trained again
+        raise SpecMismatchError(
+            f"{folder}: has scores of a training on tokens {result.spec_ids}, and the run is now trained on "
+            f"{spec_ids}. Remove the folder to have the row scored anew."
+        )
+    result = result.model_copy(
+        update={
+            "n_trainable": sum(info.trainable.values()),
+            "spec_ids": spec_ids,
+            "train_s": sum(info.seconds.values()),
+        }
+    )
+    before_s = result.score_s or 0.0
+    missing = [column for column in order.scores if column.name not in result.scores]
+    earlier = {
+        column: out / result.predictions[column.name]
+        for column in order.scores
+        if column.name in result.scores and column.name in result.predictions
+    }
+    asked = _Asked(order, trained, manifest, store, folder, telling, missing, earlier)
+    wheels = None if order.wheels is None else Path(order.wheels)
+    faults: list[EmocacheError] = []
+    for column in missing:
+        try:
+            place = asked.replies(column)
+            score = score_of(read_sides(place, column, wheels=wheels))
+        except StoppedError:
+            raise
+        except EmocacheError as error:  # the other columns can be scored
+            logger.error("score %s: %s", column.name, error)
+            faults.append(error)
+            continue
+        result = result.model_copy(
+            update={
+                "scores": {**result.scores, column.name: score},
+                "predictions": {**result.predictions, column.name: str(place.relative_to(out))},
+                "score_s": before_s + time.monotonic() - started,
+            }
+        )
+        write_result(out, result)  # what fails or is killed from here on does not undo it
+    if faults:
+        raise type(faults[0])(" Besides: ".join(dict.fromkeys(map(str, faults))))
+    return result
 
 
 class _Asked:
@@ -251,17 +284,40 @@ class _Asked:
         store: TokenStore,
         folder: Path,
         telling: Telling,
+        missing: Sequence[ScoreColumn],
+        earlier: Mapping[ScoreColumn, Path],
     ) -> None:
+        """Ask nothing yet.
+
+        Args:
+            order: What is to be done.
+            trained: The model.
+            manifest: Whom to ask about.
+            store: Their tokens.
+            folder: Of the trial.
+            telling: How far it is.
+            missing: Columns that will be asked for.
+            earlier: Finished columns -> where their replies are.
+        """
         self._order, self._trained = order, trained
         self._manifest, self._store = manifest, store
         self._folder, self._telling = folder, telling
         self._n_done = 0
-        self._written: set[Path] = set()
+        self._written = {
+            place for column, place in earlier.items() if column.kind == "split" and place.exists()
+        }
+        self._benchmarks = [column for column in missing if column.kind == "benchmark"]
+        self._folders = list(
+            dict.fromkeys(p for column, p in earlier.items() if column.kind == "benchmark")
+        )
+        """Of finished columns."""
+        self._places: dict[str, Path] = {}
+        """Set -> the folder that holds its replies, once all are asked."""
 
     def replies(self, column: ScoreColumn) -> Path:
         """Return the predictions that a column scores: a file, or the folder of a benchmark."""
         if column.kind == "benchmark":
-            return self._benchmark()
+            return self._benchmark(column)
         reading = "" if column.reading == "label" else f"-{column.reading}"
         path = self._folder / f"{column.split}-{column.task}{reading}" / PREDICTIONS_FILE
         if path not in self._written:
@@ -310,16 +366,45 @@ class _Asked:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_predictions(path, found)
 
-    def _benchmark(self) -> Path:
-        from eval.asking.ask import ask_benchmarks
+    def _benchmark(self, column: ScoreColumn) -> Path:
+        from eval.predictions import read_predictions, write_predictions
 
+        if not self._places:
+            self._places = self._ask_sets()
+        folders = dict.fromkeys(self._places[name] for name in column.sets)
+        if len(folders) == 1:
+            return next(iter(folders))
+        # Scores are read from one folder: replies of several starts are put together for that.
+        joined = self._folder / f"benchmark-{_digest(column.sets)}-joined"
+        found = {folder: read_predictions(folder / PREDICTIONS_FILE) for folder in folders}
+        joined.mkdir(parents=True, exist_ok=True)
+        write_predictions(
+            joined / PREDICTIONS_FILE,
+            (p for name in column.sets for p in found[self._places[name]] if p.benchmark == name),
+        )
+        return joined
+
+    def _ask_sets(self) -> dict[str, Path]:
+        """Ask all sets that no finished column has; return where the replies of each set are."""
+        from eval.asking.ask import ask_benchmarks
+        from eval.predictions import read_predictions
+
+        places: dict[str, Path] = {}
+        for folder in self._folders:
+            try:
+                found = read_predictions(folder / PREDICTIONS_FILE)
+            except PredictionError as error:  # they are asked again
+                logger.warning("%s", error)
+                continue
+            for prediction in found:
+                if prediction.benchmark is not None:
+                    places.setdefault(prediction.benchmark, folder)
         # Asked together, a set that several columns average is asked once, and questions about one clip
         # share its prefix. `ask_benchmarks` goes on where it was killed.
-        columns = [column for column in self._order.scores if column.kind == "benchmark"]
-        sets = tuple(dict.fromkeys(name for column in columns for name in column.sets))
-        digest = hashlib.sha256(",".join(sets).encode()).hexdigest()[:8]
-        folder = self._folder / f"benchmark-{digest}"
-        if folder not in self._written:
+        wanted = dict.fromkeys(name for column in self._benchmarks for name in column.sets)
+        sets = tuple(name for name in wanted if name not in places)
+        if sets:
+            folder = self._folder / f"benchmark-{_digest(sets)}"
             ask_benchmarks(
                 self._trained,
                 self._store,
@@ -330,12 +415,16 @@ class _Asked:
                 max_new_tokens=_LONGEST[self._order.scale],
                 on_replies=self._count,
             )
-            self._written.add(folder)
-        return folder
+            places.update(dict.fromkeys(sets, folder))
+        return places
 
     def _count(self, n: int) -> None:
         self._n_done += n
         self._telling.progress(n_done=self._n_done)
+
+
+def _digest(sets: Sequence[str]) -> str:
+    return hashlib.sha256(",".join(sets).encode()).hexdigest()[:8]
 
 
 # ---------------------------------------------------------------------------- this process

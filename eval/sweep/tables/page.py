@@ -120,7 +120,6 @@ class Shown:
 def tiles(table: SweepTable) -> tuple[Tile, ...]:
     """Return what the table says in a few numbers."""
     n_trials = sum(len(row.seeds) for row in table.rows)
-    n_done = sum(row.n_done for row in table.rows)
     n_failed = sum(len(row.failures) for row in table.rows)
     told = [
         f"{n_failed} failed" * bool(n_failed),
@@ -134,7 +133,7 @@ def tiles(table: SweepTable) -> tuple[Tile, ...]:
             ", ".join(filter(None, told)),
         )
     ]
-    if n_done == 0:
+    if not any(row.scores for row in table.rows):
         return tuple(found)
     best = ranks(table)
     for column in table.scores:

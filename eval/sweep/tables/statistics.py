@@ -1,7 +1,8 @@
 """Chance in a sweep: intervals of scores, and rows against the baseline on the same clips.
 
 A row with one seed has a bootstrap interval over clips, a row with several Student's interval over its
-trainings. Tests pair a row with the baseline seed by seed and clip by clip.
+trainings. Tests pair a row with the baseline seed by seed; what chance draws is a clip, with its replies of
+all seeds, since the seeds of a row err on the same clips.
 """
 
 from __future__ import annotations
@@ -20,13 +21,7 @@ from eval.predictions import Prediction, read_predictions
 from eval.results.compare import aligned
 from eval.results.sides import Side, find_predictions, item_of, read_run
 from eval.scoring import rules
-from eval.scoring.intervals import (
-    N_SAMPLES,
-    N_SWAPS,
-    draw_pair,
-    mean_interval,
-    summarize_draws,
-)
+from eval.scoring.intervals import N_SAMPLES, N_SWAPS, draw_pair, mean_interval, summarize_draws
 from eval.scoring.tally import Floats, Tally
 from eval.sweep.schema import ScoreColumn
 from eval.sweep.tables.table import LEVEL, Change, Span
@@ -193,8 +188,9 @@ def change(
     *,
     n: int = N_SAMPLES,
     n_swaps: int = N_SWAPS,
+    n_asked: int | None = None,
 ) -> Change:
-    """Compare a row with the baseline: seed by seed, on the clips that both have.
+    """Compare a row with the baseline: seed by seed, on the clips that all of them have.
 
     The p value is corrected later, when all are known; see `eval.scoring.intervals.holm`.
 
@@ -205,6 +201,7 @@ def change(
         names: Of baseline and row, for messages.
         n: Bootstrap samples.
         n_swaps: Swaps of the permutation test.
+        n_asked: Seeds that were asked for; None: the common ones.
 
     Raises:
         PredictionError: No common seed or clip, or the two disagree about a truth.
@@ -213,17 +210,17 @@ def change(
     if not seeds:
         raise PredictionError(f"{names[1]} and {names[0]} have no seed in common that is done")
     draws: list[PairDraws] = []
-    differences: list[float] = []
-    n_items = 0
-    for seed in seeds:
-        of_seed = []
-        for name in base[seed]:
-            pair = aligned(name, (base[seed][name], row[seed][name]), names)
-            place = zlib.crc32(f"{column.name} {name} {seed}".encode())
-            of_seed.append(draw_pair(*pair, n=n, n_swaps=n_swaps, seed=(0, place)))
-        differences.append(math.fsum(one.difference for one in of_seed) / len(of_seed))
-        n_items = max(n_items, sum(one.n_items for one in of_seed))
-        draws += of_seed
+    by_set: list[list[float]] = []
+    called = names if len(seeds) == 1 else [f"{x}, seed {s}," for s in seeds for x in names]
+    for name in base[seeds[0]]:
+        sides = [side for seed in seeds for side in (base[seed][name], row[seed][name])]
+        tallies = aligned(name, sides, called)
+        first, second = tallies[::2], tallies[1::2]
+        place = zlib.crc32(f"{column.name} {name}".encode())
+        pair = _side_by_side(first), _side_by_side(second)
+        draws.append(draw_pair(*pair, n=n, n_swaps=n_swaps, seed=(0, place)))
+        by_set.append([b.total - a.total for a, b in zip(first, second, strict=True)])
+    differences = [math.fsum(of_seed) / len(by_set) for of_seed in zip(*by_set, strict=True)]
     test = summarize_draws(draws, LEVEL)
     over_seeds = span_over_seeds(differences, bounds=(-1.0, 1.0)) if len(seeds) > 1 else None
     return Change(
@@ -232,7 +229,29 @@ def change(
         p_value=test.p_value,
         p_holm=test.p_value,
         n_seeds=len(seeds),
-        n_items=n_items,
+        n_asked=n_asked or len(seeds),
+        n_items=test.n_items,
         n_better=test.n_better,
         n_worse=test.n_worse,
+    )
+
+
+def _side_by_side(tallies: Sequence[Tally]) -> Tally:
+    """Return one tally of the mean score over seeds, whose items are clips with their replies of all seeds.
+
+    Drawn or swapped one by one, n alike seeds would pass for n times as many clips.
+    """
+    if len(tallies) == 1:
+        return tallies[0]
+    first, n = tallies[0], len(tallies)
+
+    def score(sums: Floats) -> Floats:
+        return np.asarray(first.score(sums.reshape(*sums.shape[:-1], n, -1)).mean(-1))
+
+    return Tally(
+        columns=first.columns * n,
+        values=np.hstack([tally.values for tally in tallies]),
+        score=score,
+        parts=lambda _: {},
+        scored=np.any([tally.scored for tally in tallies], axis=0),
     )

@@ -48,24 +48,33 @@ class Change(Model):
     """Mean over the common seeds."""
     span: Span
     p_value: float
-    """Paired permutation test on clips, two-sided; of several seeds, of their mean difference."""
+    """Paired permutation test on clips, two-sided; of several seeds, of their mean difference, a
+    clip swapped in all of them together."""
     p_holm: float
     """Corrected for the number of rows and scores that are tested."""
     n_seeds: int
+    """That both have."""
+    n_asked: int
+    """Seeds that were asked for, of the one or of the other."""
     n_items: int
     """Scored clips of one seed."""
     n_better: int
-    """Replies that alone would raise the baseline's score, over all seeds."""
+    """Clips whose replies, of all seeds, would alone raise the baseline's score."""
     n_worse: int
 
     @property
     def is_clear(self) -> bool:
-        """True if the corrected p is below `ALPHA` and, with several seeds, they agree on the sign.
+        """True if the corrected p is below `ALPHA` and nothing that seeds tell speaks against it.
 
-        The test takes each training as given; the interval over seeds does not.
+        The test takes each training as given; the interval over seeds does not, and must be without 0.
+        Where several seeds were asked for and one is common, they tell nothing, and nothing is clear;
+        where the change is the same in all, there is no such interval, and the test decides.
         """
-        beyond = self.span.low > 0 or self.span.high < 0
-        return self.p_holm < ALPHA and (self.span.over == "clips" or beyond)
+        if self.p_holm >= ALPHA:
+            return False
+        if self.span.over == "seeds":
+            return self.span.low > 0 or self.span.high < 0
+        return self.n_seeds > 1 or self.n_asked == 1
 
 
 class Failure(Model):
@@ -104,6 +113,8 @@ class TableRow(Model):
     """Input -> spec of the tokens that it reads."""
     run_keys: dict[str, str] = Field(default_factory=dict)
     """Seed -> folder of its training in OUT/runs."""
+    n_done: int = 0
+    """Seeds that have every score and did not fail."""
     failures: tuple[Failure, ...] = ()
     at: JsonValue = None
     """Where it stands on the plot's axis."""
@@ -112,14 +123,18 @@ class TableRow(Model):
     remarks: tuple[str, ...] = ()
     """Why an interval or a test is missing."""
 
-    @property
-    def n_done(self) -> int:
-        """Seeds that are trained and scored."""
-        return max((len(score.by_seed) for score in self.scores.values()), default=0)
+    def n_scored(self, column: str) -> int:
+        """Return how many seeds have a score."""
+        return len(self.scores[column].by_seed) if column in self.scores else 0
+
+    def failures_of(self, column: str) -> tuple[Failure, ...]:
+        """Return the failures that left a score out: a trial may fail behind scores that it has."""
+        has = self.scores[column].by_seed if column in self.scores else {}
+        return tuple(one for one in self.failures if str(one.seed) not in has)
 
     @property
     def n_open(self) -> int:
-        """Seeds that nobody has tried yet."""
+        """Seeds that have not failed and lack a score."""
         return len(self.seeds) - self.n_done - len(self.failures)
 
     @property

@@ -71,9 +71,10 @@ def tabulate(
         lines.append(
             line.model_copy(update={"scores": scores, "remarks": (*dict.fromkeys(remarks),)})
         )
+    of_baseline = next((line for line in lines if line.name == sweep.baseline), None)
     tested = [
-        _tested(line, sweep, replies, lambda column, base, row, names: change(
-            column, base, row, names, n=n_samples, n_swaps=n_swaps
+        _tested(line, of_baseline, sweep, replies, lambda column, base, row, names, n_asked: change(
+            column, base, row, names, n=n_samples, n_swaps=n_swaps, n_asked=n_asked
         ))
         for line in lines
     ]  # fmt: skip
@@ -112,9 +113,8 @@ def _line(
     row: Row, own: Mapping[int, TrialResult], preset: Preset | None, sweep: SweepFile
 ) -> TableRow:
     """Return a row without its scores."""
-    done = [one for one in own.values() if one.status == "ok"]
     axis = sweep.plot
-    known = done or list(own.values())
+    known = sorted(own.values(), key=lambda one: one.status != "ok")
     return TableRow(
         name=row.name,
         cells=row.cells or (row.name,),
@@ -128,6 +128,10 @@ def _line(
         prefix={} if preset is None else dict(preset.layout().blocks),
         spec_ids=known[0].spec_ids if known else {},
         run_keys={str(seed): one.run_key for seed, one in own.items()},
+        n_done=sum(
+            one.status == "ok" and all(column.name in one.scores for column in sweep.scores)
+            for one in own.values()
+        ),
         failures=tuple(
             Failure(
                 seed=seed,
@@ -152,11 +156,11 @@ def _replies(
     wheels: Path | None,
     remarks: list[str],
 ) -> dict[int, Sides]:
-    """Return what each finished seed replied, if its replies give the score that its result states."""
+    """Return what each scored seed replied, if its replies give the score that its result states."""
     found: dict[int, Sides] = {}
     for seed, one in own.items():
         stated = one.scores.get(column.name)
-        if one.status != "ok" or stated is None:
+        if stated is None:
             continue
         if column.name not in one.predictions:
             remarks.append(f"{column.heading}: its replies were not kept")
@@ -187,9 +191,7 @@ def _score(
 ) -> RowScore | None:
     """Return a score over seeds; None if no seed has it."""
     values = {
-        seed: one.scores[column.name]
-        for seed, one in own.items()
-        if one.status == "ok" and column.name in one.scores
+        seed: one.scores[column.name] for seed, one in own.items() if column.name in one.scores
     }
     if not values:
         return None
@@ -214,16 +216,18 @@ def _score(
 
 def _tested(
     line: TableRow,
+    of_baseline: TableRow | None,
     sweep: SweepFile,
     replies: Mapping[str, Replies],
     compared: Callable[
-        [ScoreColumn, Mapping[int, Sides], Mapping[int, Sides], tuple[str, str]], Change
+        [ScoreColumn, Mapping[int, Sides], Mapping[int, Sides], tuple[str, str], int], Change
     ],
 ) -> TableRow:
     """Return a row with its tests against the baseline, not yet corrected."""
-    base = sweep.baseline
-    if base is None or base == line.name:
+    if of_baseline is None or of_baseline is line:
         return line
+    base = of_baseline.name
+    n_asked = max(len(of_baseline.seeds), len(line.seeds))
     changes: dict[str, Change] = {}
     remarks = [*line.remarks]
     for column in sweep.scores:
@@ -231,16 +235,29 @@ def _tested(
         if not first or not second:
             continue
         try:
-            found = compared(column, first, second, (base, line.name))
+            found = compared(column, first, second, (base, line.name), n_asked)
         except EmocacheError as error:
             remarks.append(f"{column.heading}: not tested: {error}")
             continue
         changes[column.name] = found
-        counts = [n_scored(next(iter(sides.values()))) for sides in (second, first)]
-        if counts != [found.n_items] * 2:
+        if found.n_seeds == 1 < n_asked:
+            remarks.append(
+                f"{column.heading}: not marked: of several seeds, row and {base} have only one in common "
+                "that is done"
+            )
+        elif found.n_seeds > 1 and found.span.over == "clips":
+            remarks.append(
+                f"{column.heading}: the change is the same in all {found.n_seeds} seeds, so that its "
+                "interval is over clips"
+            )
+        common = sorted(first.keys() & second.keys())
+        counts = [min(n_scored(sides[seed]) for seed in common) for sides in (second, first)]
+        most = max(n_scored(sides[seed]) for seed in common for sides in (second, first))
+        if {*counts, most} != {found.n_items}:
             remarks.append(
                 f"{column.heading}: scored on {counts[0]:,} clips and {base} on {counts[1]:,}; the change "
-                f"is on the {found.n_items:,} that both have"
+                f"is on the {found.n_items:,} that "
+                + ("both have" if found.n_seeds == 1 else "all compared seeds have")
             )
     return line.model_copy(update={"changes": changes, "remarks": tuple(remarks)})
 
@@ -275,14 +292,24 @@ def _notes(sweep: SweepFile, lines: Sequence[TableRow]) -> tuple[str, ...]:
         n_all = sum(len(line.seeds) for line in lines)
         notes.append(f"{n_open} of {n_all} trials are not done yet.")
     base = next((line for line in lines if line.name == sweep.baseline), None)
-    if base is not None and not base.n_done:
+    if base is not None and not base.scores:
         notes.append(f"The baseline {base.name} has no score, so no row is tested against it.")
-    if any(1 < len(line.seeds) != line.n_done > 0 for line in lines):
+    elif base is not None:
+        notes += [
+            f"The baseline {base.name} has no score under {column.heading}, so no row is tested on it."
+            for column in sweep.scores
+            if column.name not in base.scores
+        ]
+    if any(
+        1 < len(line.seeds) != len(score.by_seed)
+        for line in lines
+        for score in line.scores.values()
+    ):
         notes.append(
             "Means of rows with failed or open seeds are over fewer seeds than those of others."
         )
     some = [one for line in lines for one in line.changes.values()]
-    if any(one.p_holm < ALPHA and not one.is_clear for one in some):
+    if any(one.p_holm < ALPHA and one.span.over == "seeds" and not one.is_clear for one in some):
         notes.append(
             "Where the test on clips finds a difference and the interval over seeds does not, the row is "
             "not marked."

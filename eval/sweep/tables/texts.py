@@ -18,6 +18,12 @@ from eval.sweep.tables.table import ALPHA, Change, Span, SweepTable, TableRow
 
 FAILED: Final = "failed"
 OPEN: Final = "open"
+_FIXED: Final = (
+    "row", "group", "stage", "score", "status", "n_seeds", "mean", "low", "high", "interval_over",
+    "by_seed", "n_items", "change", "change_low", "change_high", "p", "p_holm", "n_better", "n_worse",
+    "published_percent", "n_trainable", "n_prefix", "reason",
+)  # fmt: skip
+"""Headings of the CSV; those of the cells come behind the first."""
 CLEAR: Final = "*"
 """Mark of a change beyond chance."""
 
@@ -126,11 +132,18 @@ def method(table: SweepTable) -> tuple[str, ...]:
             f"({table.n_samples:,} samples): another seed would differ, too."
         )
     if table.n_tests:
+        several = any(len(row.seeds) > 1 for row in table.rows)
         said.append(
             f"Change: against {table.baseline}, on the same seeds and clips. p: paired permutation test "
-            f"on clips ({table.n_swaps:,} swaps), corrected for {table.n_tests} "
-            f"test{'s' * (table.n_tests > 1)} by Holm's method; {CLEAR} below {ALPHA} and, with several "
-            "seeds, an interval over seeds without 0."
+            f"on clips ({table.n_swaps:,} swaps{', each of a clip in all seeds together' * several}), "
+            f"corrected for {table.n_tests} test{'s' * (table.n_tests > 1)} by Holm's method; {CLEAR} below "
+            f"{ALPHA}"
+            + (
+                " and, where several seeds are asked for, an interval over two or more of them without 0; a "
+                "change that is the same in all seeds has none, and the test alone decides."
+                if several
+                else "."
+            )
         )
     return tuple(said)
 
@@ -255,21 +268,33 @@ def csv_text(table: SweepTable) -> str:
     """Return a line per row and score: fractions, published figures as printed, empty where unknown."""
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [
-            "row", *(_slug(heading) for heading in table.columns), "group", "stage", "score", "status",
-            "n_seeds", "mean", "low", "high", "interval_over", "by_seed", "n_items", "change",
-            "change_low", "change_high", "p", "p_holm", "n_better", "n_worse", "published_percent",
-            "n_trainable", "n_prefix", "reason",
-        ]
-    )  # fmt: skip
+    shown = _cell_headings(table)
+    writer.writerow([_FIXED[0], *shown.values(), *_FIXED[1:]])
     for row in table.rows:
-        cells = [*row.cells, *[""] * (len(table.columns) - len(row.cells))]
+        cells = [row.cells[at] if at < len(row.cells) else "" for at in shown]
         for column in table.scores:
             writer.writerow(
                 [row.name, *cells, row.group, row.stage, column.name, *_numbers(row, column.name)]
             )
     return text.getvalue()
+
+
+def _cell_headings(table: SweepTable) -> dict[int, str]:
+    """Return which cells have columns of their own, under headings that nothing else has."""
+    taken, found = set(_FIXED), {}
+    for at, heading in enumerate(table.columns):
+        name = _slug(heading)
+        if name == _FIXED[0] and all(row.cells[at : at + 1] == (row.name,) for row in table.rows):
+            continue  # it would say the row's name twice
+        if not name or name in taken:
+            name = f"cell:{name}"
+        number, free = 1, name
+        while free in taken:
+            number += 1
+            free = f"{name}_{number}"
+        taken.add(free)
+        found[at] = free
+    return found
 
 
 def _slug(heading: str) -> str:
@@ -278,8 +303,9 @@ def _slug(heading: str) -> str:
 
 def _numbers(row: TableRow, column: str) -> list[object]:
     score, found = row.scores.get(column), row.changes.get(column)
-    status = "ok" if row.n_done == len(row.seeds) else FAILED if row.failures else OPEN
-    values: list[object] = [status, row.n_done]
+    n_scored, failures = row.n_scored(column), row.failures_of(column)
+    status = "ok" if n_scored == len(row.seeds) else FAILED if failures else OPEN
+    values: list[object] = [status, n_scored]
     if score is None:
         values += [None] * 6
     else:
@@ -292,5 +318,5 @@ def _numbers(row: TableRow, column: str) -> list[object]:
     else:
         values += [found.difference, found.span.low, found.span.high, found.p_value, found.p_holm]
         values += [found.n_better, found.n_worse]
-    reason = "; ".join(f"seed {x.seed}, {x.step}: {x.reason}" for x in row.failures) or None
+    reason = "; ".join(f"seed {x.seed}, {x.step}: {x.reason}" for x in failures) or None
     return [*values, row.published.get(column), row.n_trainable, row.n_prefix, reason]
