@@ -193,6 +193,11 @@ def test_what_is_missing_is_asked_for(small: Small, capsys: pytest.CaptureFixtur
     assert "of which sweep?" in said(capsys)
     assert emocache.main(["sweep", str(small.file), "--status", "--out", str(small.out)]) == 2
     assert "no sweep was begun here" in said(capsys)
+    at_demo_scale = small.out.with_name(f"{small.out.name}-demo")
+    at_demo_scale.mkdir()
+    (at_demo_scale / "sweep.json").touch()
+    assert emocache.main(["sweep", str(small.file), "--status", "--out", str(small.out)]) == 2
+    assert "give --scale demo" in said(capsys)
 
 
 def test_a_folder_of_something_else_is_refused(

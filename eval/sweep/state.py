@@ -27,6 +27,8 @@ from eval.sweep.schema import Row, Scale, ScoreColumn, SweepFile, Trial, TrialRe
 from train.config import Input, Preset
 
 SWEEP_FILE = "sweep.json"
+DEMO_SUFFIX = "-demo"
+"""Of the default folder at demo scale."""
 RESULT_FILE = "result.json"
 LOG_FILE = "log.txt"
 
@@ -106,10 +108,13 @@ def read_begun(out: Path) -> Begun:
     """
     path = out / SWEEP_FILE
     if not path.is_file():
-        raise SchemaError(
-            f"{out}: no sweep was begun here (there is no {SWEEP_FILE}). Start one with: emocache sweep "
-            "FILE --out FOLDER, or give the folder of one that was."
+        demo = out.with_name(out.name + DEMO_SUFFIX)
+        hint = (
+            f"At demo scale one was, in {demo}: give --scale demo."
+            if (demo / SWEEP_FILE).is_file()
+            else "Start one with: emocache sweep FILE --out FOLDER, or give the folder of one that was."
         )
+        raise SchemaError(f"{out}: no sweep was begun here (there is no {SWEEP_FILE}). {hint}")
     return decode_json(Begun, path.read_bytes(), str(path))
 
 

@@ -118,7 +118,9 @@ def _scale(name: str) -> Scale:
 
 
 def _default_out(name: str, scale: Scale) -> Path:
-    return Path("sweeps") / (name if scale == "full" else f"{name}-demo")
+    from eval.sweep.state import DEMO_SUFFIX
+
+    return Path("sweeps") / (name if scale == "full" else name + DEMO_SUFFIX)
 
 
 def _corpus(given: SweepOptions, scale: Scale, folder: Path) -> tuple[Path | None, str]:
