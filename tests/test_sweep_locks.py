@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -59,6 +60,19 @@ def test_a_lock_that_was_deleted_before_it_was_taken_is_none(
     with leading(tmp_path):
         assert deleted
         assert leader(tmp_path) is not None
+
+
+def test_who_led_a_folder_that_was_removed_leaves_the_next_one_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = leading(out)
+    first.__enter__()
+    shutil.rmtree(out)
+    with leading(out):
+        first.__exit__(None, None, None)
+        assert leader(out) is not None
+    with leading(out):
+        shutil.rmtree(out)  # and its own end is no error
+    assert not out.exists()
 
 
 def test_a_run_is_held_by_one_and_looked_at_by_many(tmp_path: Path) -> None:

@@ -209,11 +209,14 @@ def leading(out: Path) -> Iterator[None]:
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
     finally:
-        if not (out / SWEEP_FILE).exists():  # it was refused: leave no trace
-            (out / LOCK_FILE).unlink()
-            with suppress(OSError):
-                out.rmdir()
-        os.close(descriptor)  # gives the lock up
+        try:
+            # It was refused: leave no trace, nor take that of another who came when the folder was removed.
+            if not (out / SWEEP_FILE).exists() and _is_at(descriptor, out / LOCK_FILE):
+                (out / LOCK_FILE).unlink()
+                with suppress(OSError):
+                    out.rmdir()
+        finally:
+            os.close(descriptor)  # gives the lock up
 
 
 def _take_lead(out: Path) -> int:
