@@ -721,12 +721,14 @@ def test_answers_that_cannot_be_kept_end_the_run(
 
 
 _ASKER = """
+import signal
 import sys
 from extract.annotate.endpoints.answers import AnswerCache
 from extract.annotate.endpoints.endpoint import EndpointClient
 from extract.annotate.endpoints.questions import Question
 from extract.annotate.endpoints.transport import EndpointOptions
 url, folder, stop_s, n = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 options = EndpointOptions(base_url=url, api_key_env="none", in_flight=8, stop_s=float(stop_s))
 questions = (Question("r", "tiny", "p@1", f"What does clip {i}. show?") for i in range(int(n)))
 with EndpointClient(options, AnswerCache(folder)) as client:
