@@ -179,7 +179,7 @@ def results(
     picture = folder / "good-picture.png"
     Image.fromarray(stamped(5)).save(picture)
     jobs += [job_of(picture), job_of(write_clip(folder / "good-clip.mp4"))]
-    pool = DecodePool(2, deadline_s=2.0, memory_bytes=MEMORY_BYTES, command=faulty)
+    pool = DecodePool(2, deadline_s=1.0, memory_bytes=MEMORY_BYTES, command=faulty)
     with pool:
         futures = [pool.submit(job) for job in jobs]
         prepared = [future.result(timeout=120) for future in futures]
@@ -193,9 +193,9 @@ def results(
         ("segv", "crash", "SIGSEGV", "died of SIGSEGV", "Fatal Python error: Segmentation fault"),
         ("abort", "crash", "SIGABRT", "died of SIGABRT", "Fatal Python error: Aborted"),
         ("exit", "crash", None, "ended with exit code 3", "I work on exit-1.wav"),
-        ("hang", "hang", None, "longer than 2 s to decode", "in faulty_decode"),
-        ("spin", "hang", None, "longer than 2 s to decode", "in faulty_decode"),
-        ("stall", "hang", None, "longer than 2 s to decode", "in faulty_write"),
+        ("hang", "hang", None, "longer than 1 s to decode", "in faulty_decode"),
+        ("spin", "hang", None, "longer than 1 s to decode", "in faulty_decode"),
+        ("stall", "hang", None, "longer than 1 s to decode", "in faulty_write"),
         ("hog", "memory", None, "more than 150 MiB of memory", "I work on hog-1.wav"),
         ("greedy", "memory", None, "more than 150 MiB of memory", "I work on greedy-1.wav"),
         ("garbage", "crash", None, "wrong answer: the answer starts with b'Segmenta'", ""),

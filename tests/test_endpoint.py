@@ -126,13 +126,16 @@ def test_n_requests_are_in_flight_and_few_are_drawn_ahead(server: ChatServer) ->
             yield asking(i)
 
     with client_of(server, in_flight=8) as client:
+        start = time.monotonic()
         for _, answer in client.ask_all(questions()):
             assert answer.ok
             seen += 1
+        took = time.monotonic() - start
         assert client.report().peak_in_flight == 8
     assert seen == 80
     assert server.peak == 8
     assert most_ahead <= 2 * 8 + 1
+    assert took < 80 * 0.05 / 2
 
 
 def test_equal_questions_are_asked_once_and_a_second_run_asks_nothing(
@@ -354,7 +357,7 @@ def test_an_endpoint_that_is_down_ends_the_run_soon() -> None:
             list(client.ask_all(asking(i) for i in range(1000)))
         assert client.report().requests == 0  # none was sent
     assert url in str(raised.value)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.fault("endpoint goes down in mid-run")
@@ -796,8 +799,8 @@ def test_ctrl_c_keeps_what_is_in_flight_or_gives_it_up_in_time(
             time.sleep(0.01)
         start = time.monotonic()
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=25)
-        assert time.monotonic() - start < 20  # the server would take 30
+        process.communicate(timeout=20)
+        assert time.monotonic() - start < 5
 
 
 def test_processes_share_a_cache(server: ChatServer, tmp_path: Path) -> None:

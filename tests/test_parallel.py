@@ -328,7 +328,7 @@ def test_a_loss_that_is_not_a_number_in_one_process_stops_both_and_names_the_cli
 ) -> None:
     run = tmp_path / "run"
     ranks = start_ranks(2, _train_with_a_nan, corpus, run, parallel, folder=tmp_path)
-    codes = end(*ranks)
+    codes = end(*ranks, timeout_s=60)
     assert codes == [2, 2], logs_of(tmp_path)
     innocent, guilty = (
         json.loads((run / "stage1" / f"diverged-3-process-{rank}.json").read_text())["answers"]
@@ -358,9 +358,10 @@ def test_a_clip_that_one_process_cannot_read_ends_both_without_waiting(
     data[len(data) * 4 // N_RECORDS + 5000] ^= 1  # within some clip that is trained on
     shard.write_bytes(data)
     arguments = train_arguments(*corpus, tmp_path / "run", [*SMALL, "stages.0.n_steps=30"])
-    # Gloo itself would wait for half an hour.
-    codes = end(*start_ranks(2, _command_line, arguments, "ddp", folder=tmp_path))
+    started = time.monotonic()
+    codes = end(*start_ranks(2, _command_line, arguments, "ddp", folder=tmp_path), timeout_s=60)
     assert None not in codes, logs_of(tmp_path)
+    assert time.monotonic() - started < 30
     assert 2 in codes
     assert 0 not in codes
     shown = " ".join(logs_of(tmp_path).split())

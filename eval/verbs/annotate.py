@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from cache.errors import EmocacheError, ManifestError, SchemaError, StoppedError, near_miss
+from cache.errors import EmocacheError, ManifestError, SchemaError, near_miss
 from eval.verbs.annotate_looks import failures_command, jobs_of, show_command, status_command
 from eval.verbs.annotate_options import AnnotateOptions, OutcomeOptions, retry_kinds_of
 from eval.verbs.console import DONE, FINDINGS, err, out, verb
 from eval.verbs.extract_options import EngineFlags, WorkerOptions, takes
+from eval.verbs.extract_run import check_done
 from eval.verbs.review import agreement_command, quality_command, review_command
 from eval.verbs.worker_lines import WorkerLines
 
@@ -125,7 +126,7 @@ def annotate_worker_command(asked: AnnotateOptions, own: WorkerOptions) -> int:
     )  # fmt: skip
     with WorkerLines(job, "annotating", "records") as lines:
         work(config.model_dump_json(), records=prepared.found.records, on_clip=lines.advance)
-    _check_done(job)
+    check_done(job, kept="Every answer")
     out.print("all units are done; `emocache annotate` writes the manifest", highlight=False)
     return DONE
 
@@ -366,7 +367,7 @@ def _run(
     except (EmocacheError, KeyboardInterrupt):
         _say_so_far(prepared)
         raise
-    _check_done(job)
+    check_done(job, kept="Every answer")
 
 
 def _check_detector(preset: Preset) -> None:
@@ -397,20 +398,6 @@ def _say_so_far(prepared: _Prepared) -> None:
     keys = prepared.found.plan.keys.values()
     n = sum(key in results for key in keys)
     err.print(f"{n:,} of {len(keys):,} records are annotated so far", highlight=False)
-
-
-def _check_done(job: Job) -> None:
-    """Say that there is work left, if there is.
-
-    Raises:
-        StoppedError: Units are left.
-    """
-    left = job.undone()
-    if left:
-        raise StoppedError(
-            f"stopped with {len(left):,} of {len(job.plan.units):,} units left. Every answer stays; run the "
-            "same command to continue."
-        )
 
 
 # ---------------------------------------------------------------------------- after the work

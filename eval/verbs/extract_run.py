@@ -231,8 +231,12 @@ def sum_up(job: Job, store: TokenStore, session: str, where: str) -> JobSummary:
     return mine
 
 
-def check_done(job: Job) -> None:
+def check_done(job: Job, kept: str = "What was committed") -> None:
     """Say that there is work left, if there is.
+
+    Args:
+        job: Of an extraction or an annotation.
+        kept: What it keeps of the work that is done.
 
     Raises:
         StoppedError: Units are left.
@@ -240,8 +244,8 @@ def check_done(job: Job) -> None:
     left = job.undone()
     if left:
         raise StoppedError(
-            f"stopped with {len(left):,} of {len(job.plan.units):,} units left. What was committed stays; "
-            "run the same command to continue."
+            f"stopped with {len(left):,} of {len(job.plan.units):,} units left. {kept} stays; run the same "
+            "command to continue."
         )
 
 
