@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from cache.clip import Peak, Record, Subtitle
 from cache.commit import Status
@@ -84,14 +84,14 @@ class Annotator:
                 up, a tool is not installed.
         """
         async with self._file(record) as path:
-            face = await self._timed("visual_expression", self._face(record, path))
+            face = await self._timed("visual_expression", self._face, record, path)
             seen = record if face.peak is None else _at(record, face.peak)
-            media = await self._timed("media", self._media(seen, path)) if self._sends() else None
+            media = await self._timed("media", self._media, seen, path) if self._sends() else None
         steps = [face.step] if face.step is not None else []
         objective, tone, speech = await asyncio.gather(
-            self._timed("visual_objective", self._objective(record, media)),
-            self._timed("audio_tone", self._tone(record, media)),
-            self._timed("subtitle", self._speech(record, media)),
+            self._timed("visual_objective", self._objective, record, media),
+            self._timed("audio_tone", self._tone, record, media),
+            self._timed("subtitle", self._speech, record, media),
         )
         steps += [step for step in (objective, tone, speech.step) if step is not None]
         words = record.subtitle()
@@ -126,7 +126,7 @@ class Annotator:
             return
         async with AsyncExitStack() as stack:
             try:
-                path = await self._timed("fetch", asyncio.to_thread(fetched.__enter__))
+                path = await self._timed("fetch", asyncio.to_thread, fetched.__enter__)
             except FileNotFoundError:
                 root = self._tools.source.root
                 yield Failure("missing", f"{record.media}: there is no such file below {root}")
@@ -347,7 +347,7 @@ class Annotator:
             return found
         return await self._timed(
             "multimodal",
-            asyncio.gather(*(self._consolidate(t, guide, slots) for t, guide in guides)),
+            lambda: asyncio.gather(*(self._consolidate(t, guide, slots) for t, guide in guides)),
         )
 
     async def _consolidate(
@@ -417,10 +417,11 @@ class Annotator:
         whole = {"what": what, "clip": record.sha256, **told}
         return hashlib.sha256(canonical_json(whole).encode()).hexdigest()
 
-    async def _timed(self, what: str, waiting: Awaitable[T]) -> T:
+    async def _timed(self, what: str, begin: Callable[..., Awaitable[T]], *given: Any) -> T:
+        # Begun here, not by the caller: what is cancelled before its turn leaves nothing that waits.
         began_s = time.monotonic()
         try:
-            return await waiting
+            return await begin(*given)
         finally:
             self._tools.seconds[what] += time.monotonic() - began_s
 
